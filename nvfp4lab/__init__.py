@@ -1,0 +1,67 @@
+"""nvfp4lab: what it costs to stage MoE activations in NVFP4, and which way of doing it is right.
+
+The public names are here and are imported on first use, so that `import nvfp4lab` is as quick as
+`import torch` and needs neither a GPU nor Triton's driver. To publish a name, add it to `_HOME`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nvfp4lab.codec import quantize as quantize
+    from nvfp4lab.errors import measure as measure
+    from nvfp4lab.quantized import Quantized as Quantized
+    from nvfp4lab.records import Activations as Activations
+    from nvfp4lab.records import activations as activations
+    from nvfp4lab.records import load_activations as load_activations
+    from nvfp4lab.rules import Recipe as Recipe
+    from nvfp4lab.rules import recipe as recipe
+    from nvfp4lab.rules import recipes as recipes
+    from nvfp4lab.staging import stage as stage
+    from nvfp4lab.staging import stage_mega_moe_inputs as stage_mega_moe_inputs
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Quantized": "quantized",
+    "quantize": "codec",
+    "measure": "errors",
+    "Activations": "records",
+    "activations": "records",
+    "load_activations": "records",
+    "Recipe": "rules",
+    "recipe": "rules",
+    "recipes": "rules",
+    "stage": "staging",
+    "stage_mega_moe_inputs": "staging",
+}
+_MODULES = (
+    "codec",
+    "errors",
+    "formats",
+    "layouts",
+    "plots",
+    "quantized",
+    "records",
+    "rules",
+    "staging",
+)
+
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"nvfp4lab.{_HOME[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"nvfp4lab.{name}")
+    else:
+        raise AttributeError(f"module 'nvfp4lab' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
