@@ -1,0 +1,338 @@
+"""stage, stage_mega_moe_inputs: an MoE layer's inputs, quantized into the buffers that it reads.
+
+The staging contract is the docstring of `stage_mega_moe_inputs`; `_check` holds its callers to it
+before anything is written. Tensors on a CUDA device go through a Triton kernel; tensors on the CPU
+through `quantize`, with the same bits, or through the same kernel in Triton's interpreter. To make
+another recipe stageable, add its launcher to `_LAUNCHERS`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from nvfp4lab import layouts, rules
+from nvfp4lab.codec import quantize
+from nvfp4lab.quantized import Quantized
+from nvfp4lab.rules import Recipe
+
+LARGEST_32_BIT_OFFSET = 2**31 - 1
+PADDING_ID, PADDING_WEIGHT = -1, 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Buffers:
+    """What one staging reads and writes, in the order of `stage_mega_moe_inputs`."""
+
+    hidden_states: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    x_fp4: torch.Tensor
+    x_sf: torch.Tensor
+    topk_idx_out: torch.Tensor
+    topk_weights_out: torch.Tensor
+    x_scales: torch.Tensor | None
+    is_padding: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """The buffers of T staged tokens of width K and how they were quantized.
+
+    x_fp4: uint8 (T, K // 2), the even element in the low nibble.
+    x_sf: int32 (T, K // 64), the scale of block k at bits 8 * (k % 4) of word k // 4.
+    x_scales: float32 (T,), what a decoded row is multiplied by, or None.
+    topk_idx, topk_weights: int64 and float32 (T, top_k).
+    """
+
+    x_fp4: torch.Tensor
+    x_sf: torch.Tensor
+    x_scales: torch.Tensor | None
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor
+    recipe: Recipe
+
+    @property
+    def quantized(self) -> Quantized:
+        """The same codes and scales in the plain layout, ready to dequantize."""
+        return Quantized.from_buffers(self.x_fp4, self.x_sf, self.x_scales, recipe=self.recipe)
+
+
+def stage(
+    hidden_states: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    recipe: str | Recipe = "nvfp4",
+    is_padding: torch.Tensor | None = None,
+) -> Staged:
+    """`stage_mega_moe_inputs` into new buffers, on the device of the hidden states.
+
+    Raises: as `stage_mega_moe_inputs`, and for a recipe that is unknown or not stageable also when
+    there are no tokens.
+
+    >>> hidden = torch.ones(2, 128, dtype=torch.bfloat16)
+    >>> staged = stage(hidden, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32))
+    >>> staged.x_sf.shape, staged.topk_idx.dtype
+    (torch.Size([2, 2]), torch.int64)
+    """
+    recipe = _stageable(recipe)
+    tokens, width = _matrix_shape("hidden_states", hidden_states)
+    _, top_k = _matrix_shape("topk_ids", topk_ids)
+    new = functools.partial(torch.empty, device=hidden_states.device)
+    staged = Staged(
+        new(tokens, width // 2, dtype=torch.uint8),
+        new(tokens, width // 64, dtype=torch.int32),
+        new(tokens, dtype=torch.float32) if _has_token_outer(recipe) else None,
+        new(tokens, top_k, dtype=torch.int64),
+        new(tokens, top_k, dtype=torch.float32),
+        recipe,
+    )
+    stage_mega_moe_inputs(
+        hidden_states,
+        topk_weights,
+        topk_ids,
+        staged.x_fp4,
+        staged.x_sf,
+        staged.topk_idx,
+        staged.topk_weights,
+        x_scales=staged.x_scales,
+        is_padding=is_padding,
+        recipe=recipe,
+    )
+    return staged
+
+
+def stage_mega_moe_inputs(
+    hidden_states: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    x_fp4: torch.Tensor,
+    x_sf: torch.Tensor,
+    topk_idx_out: torch.Tensor,
+    topk_weights_out: torch.Tensor,
+    *,
+    x_scales: torch.Tensor | None = None,
+    is_padding: torch.Tensor | None = None,
+    recipe: str | Recipe = "nvfp4",
+) -> None:
+    """Quantize T tokens of width K and copy their top-k beside them, in place and in one launch.
+
+    hidden_states: bfloat16 (T, K), K a positive multiple of 128. topk_weights: float32, bfloat16 or
+    float16 (T, top_k), topk_ids: int32 or int64 (T, top_k); top_k may be 0. is_padding: bool (T,).
+    Written: x_fp4 uint8 (T, K // 2), x_sf int32 (T, K // 64), topk_idx_out int64 and
+    topk_weights_out float32 (T, top_k), and x_scales float32 (T,), which is required by a recipe
+    with an outer scale per token and refused by the others. All on one device, which need not be
+    the current one. Rows of hidden_states, x_fp4 and x_sf may lie anywhere but have last stride 1,
+    x_scales and is_padding have stride 1; top-k tensors have any strides.
+
+    A padding token is quantized like any other and gets id -1 and weight 0. No tokens: nothing is
+    checked or done. Nothing is allocated and nothing waited for on a CUDA device, except that
+    `seed` with top_k 0 allocates T numbers.
+
+    Raises: TypeError for a dtype, ValueError for a shape, device or stride, for a recipe that is
+    unknown or has no staging kernel, and, with `seed`, for tensors past its 32-bit offsets; always
+    before anything is written.
+    """
+    if isinstance(hidden_states, torch.Tensor) and hidden_states.shape[:1] == (0,):
+        return
+    recipe = _stageable(recipe)
+    buffers = _Buffers(
+        hidden_states,
+        topk_weights,
+        topk_ids,
+        x_fp4,
+        x_sf,
+        topk_idx_out,
+        topk_weights_out,
+        x_scales,
+        is_padding,
+    )
+    _check(buffers, recipe)
+    if not _runs_kernel(hidden_states.device):
+        _stage_in_torch(buffers, recipe)
+        return
+    with torch.cuda.device_of(hidden_states):
+        _LAUNCHERS[recipe.name](buffers)
+
+
+def _launch_ours(buffers: _Buffers) -> None:
+    from nvfp4lab.kernels import staging
+
+    staging.launch(**vars(buffers))
+
+
+def _launch_seed(buffers: _Buffers) -> None:
+    """The user's own launcher, with what it lacks done around it."""
+    from nvfp4lab.kernels import seed
+
+    top_k = [
+        buffers.topk_weights, buffers.topk_ids, buffers.topk_idx_out, buffers.topk_weights_out
+    ]  # fmt: skip
+    if buffers.topk_ids.shape[1] == 0:  # which it cannot launch: one column, copied onto itself
+        top_k = [buffers.x_sf.new_zeros(len(buffers.x_sf), 1)] * 4
+    weights, ids, idx_out, weights_out = top_k
+    _refuse_offsets_past_32_bits(
+        buffers.hidden_states, buffers.x_fp4, buffers.x_sf, weights, ids, idx_out, weights_out
+    )
+    seed._stage_deepseek_v4_mega_moe_inputs(
+        buffers.hidden_states, weights, ids, buffers.x_fp4, buffers.x_sf, idx_out, weights_out
+    )
+    _mark_padding(buffers)
+
+
+@torch.no_grad()
+def _stage_in_torch(buffers: _Buffers, recipe: Recipe) -> None:
+    """What the kernels write, bit for bit, by `quantize` and copies."""
+    q = quantize(buffers.hidden_states, recipe)
+    buffers.x_fp4.copy_(q.codes)
+    buffers.x_sf.copy_(layouts.to_words(q.scales))
+    if buffers.x_scales is not None and q.outer is not None:
+        buffers.x_scales.copy_(q.outer[:, 0])
+    buffers.topk_idx_out.copy_(buffers.topk_ids)
+    buffers.topk_weights_out.copy_(buffers.topk_weights)
+    _mark_padding(buffers)
+
+
+@torch.no_grad()
+def _mark_padding(buffers: _Buffers) -> None:
+    if buffers.is_padding is not None:
+        padding = buffers.is_padding[:, None]
+        buffers.topk_idx_out.masked_fill_(padding, PADDING_ID)
+        buffers.topk_weights_out.masked_fill_(padding, PADDING_WEIGHT)
+
+
+_LAUNCHERS: dict[str, Callable[[_Buffers], None]] = {
+    "nvfp4": _launch_ours,
+    "nvfp4-token": _launch_ours,
+    "seed": _launch_seed,
+}
+
+
+@functools.cache
+def _runs_kernel(device: torch.device) -> bool:
+    """On CUDA; on the CPU in Triton's interpreter, which a process chooses before it uses Triton.
+
+    Where Triton is not installed, `quantize` does the work on every device.
+    """
+    try:
+        from triton import knobs
+    except ImportError:
+        return False
+    return device.type == "cuda" or knobs.runtime.interpret
+
+
+# ---- Checks ----
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What the contract says of one tensor."""
+
+    dtypes: tuple[torch.dtype, ...]
+    shape: tuple[str, ...]
+    last_stride_1: bool = False
+    written: bool = False
+
+
+_CONTRACT = {
+    "hidden_states": _Rule((torch.bfloat16,), ("T", "K"), last_stride_1=True),
+    "topk_weights": _Rule((torch.float32, torch.bfloat16, torch.float16), ("T", "top_k")),
+    "topk_ids": _Rule((torch.int32, torch.int64), ("T", "top_k")),
+    "x_fp4": _Rule((torch.uint8,), ("T", "K // 2"), last_stride_1=True, written=True),
+    "x_sf": _Rule((torch.int32,), ("T", "K // 64"), last_stride_1=True, written=True),
+    "topk_idx_out": _Rule((torch.int64,), ("T", "top_k"), written=True),
+    "topk_weights_out": _Rule((torch.float32,), ("T", "top_k"), written=True),
+    "x_scales": _Rule((torch.float32,), ("T",), last_stride_1=True, written=True),
+    "is_padding": _Rule((torch.bool,), ("T",), last_stride_1=True),
+}
+_OPTIONAL = ("x_scales", "is_padding")
+
+
+def _stageable(recipe: str | Recipe) -> Recipe:
+    recipe = rules.recipe(recipe)
+    if recipe.name not in _LAUNCHERS or recipe != rules.recipe(recipe.name):
+        raise ValueError(
+            f"recipe {recipe.name!r} has no staging kernel; stageable: {', '.join(_LAUNCHERS)}. "
+            "nvfp4lab.quantize takes any recipe"
+        )
+    return recipe
+
+
+def _has_token_outer(recipe: Recipe) -> bool:
+    return recipe.outer is not None and recipe.outer.per == "token"
+
+
+def _check(buffers: _Buffers, recipe: Recipe) -> None:
+    """Hold the tensors to the contract: the seed's two conditions, then `_CONTRACT`."""
+    tokens, width = _matrix_shape("hidden_states", buffers.hidden_states)
+    _, top_k = _matrix_shape("topk_ids", buffers.topk_ids)
+    weights_shape = _matrix_shape("topk_weights", buffers.topk_weights)
+    if width % 128 or not width:
+        raise ValueError(
+            "DeepSeek V4 MegaMoE input staging requires hidden_size to be a multiple of 128. "
+            f"Got hidden_states of shape {(tokens, width)}."
+        )
+    if buffers.topk_weights.shape != buffers.topk_ids.shape:
+        raise ValueError(
+            "DeepSeek V4 MegaMoE input staging requires topk_weights and topk_ids to have the same "
+            f"shape. Got {weights_shape} and {tuple(buffers.topk_ids.shape)}."
+        )
+    if _has_token_outer(recipe) != (buffers.x_scales is not None):
+        wants = "needs x_scales, float32 (T,)" if _has_token_outer(recipe) else "takes no x_scales"
+        given = "none" if buffers.x_scales is None else "one"
+        raise ValueError(f"recipe {recipe.name!r} {wants}; {given} was given")
+    if buffers.hidden_states.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"hidden_states is on the CPU or a CUDA device, got {buffers.hidden_states.device}"
+        )
+    sizes = {"T": tokens, "K": width, "K // 2": width // 2, "K // 64": width // 64, "top_k": top_k}
+    for name, rule in _CONTRACT.items():
+        tensor = getattr(buffers, name)
+        if tensor is not None or name not in _OPTIONAL:
+            _check_tensor(name, tensor, rule, sizes, buffers.hidden_states.device)
+
+
+def _check_tensor(
+    name: str, given: object, rule: _Rule, sizes: dict[str, int], device: torch.device
+) -> None:
+    tensor = _require_tensor(name, given)
+    if tensor.dtype not in rule.dtypes:
+        expected = " or ".join(str(dtype) for dtype in rule.dtypes)
+        raise TypeError(f"{name} is {expected}, got {tensor.dtype}")
+    shape, strides = tuple(tensor.shape), tensor.stride()
+    expected = tuple(sizes[size] for size in rule.shape)
+    if shape != expected:
+        raise ValueError(f"{name} is ({', '.join(rule.shape)}), here {expected}; got {shape}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {device}, as hidden_states is; got {tensor.device}")
+    if rule.last_stride_1 and shape[-1] > 1 and strides[-1] != 1:
+        raise ValueError(f"{name} has a last stride of 1, got strides {strides}")
+    if rule.written and any(s == 0 and n > 1 for n, s in zip(shape, strides, strict=True)):
+        raise ValueError(f"{name} is written, so no two entries share memory; strides {strides}")
+
+
+def _require_tensor(name: str, given: object) -> torch.Tensor:
+    if not isinstance(given, torch.Tensor):
+        raise TypeError(f"{name} is a torch.Tensor, got {type(given).__name__}")
+    return given
+
+
+def _matrix_shape(name: str, tensor: torch.Tensor) -> tuple[int, int]:
+    _require_tensor(name, tensor)
+    if tensor.ndim != 2:
+        raise ValueError(f"{name} has two dimensions, got shape {tuple(tensor.shape)}")
+    return tensor.shape[0], tensor.shape[1]
+
+
+def _refuse_offsets_past_32_bits(*tensors: torch.Tensor) -> None:
+    """The seed's `token_id * stride` is an int32; past it, it would read and write elsewhere."""
+    for tensor in tensors:
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        if last > LARGEST_32_BIT_OFFSET:
+            raise ValueError(
+                f"the seed's offsets end at 2**31 - 1; a tensor of shape {tuple(tensor.shape)} and "
+                f"strides {tensor.stride()} needs {last}: stage fewer tokens at a time"
+            )
