@@ -1,0 +1,107 @@
+"""Pictures: a tidy frame in, matplotlib Axes out.
+
+The only module that imports seaborn. A function here computes nothing but positions on the page:
+frames come from `errors` and from the notebooks. Each takes `ax=None`, draws into the current Axes
+where none is given, and returns the Axes; none sets a theme or opens a figure of its own.
+"""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+
+from nvfp4lab.formats import Format
+
+LABELS = {
+    "layer": "layer",
+    "qsnr_db": "QSNR (dB)",
+    "share": "share of blocks",
+    "scale_code": "scale byte",
+    "element": "element of the block",
+}
+NEUTRAL, NAN_RED = "0.35", "#c0392b"
+
+
+def qsnr_by_layer(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """QSNR over the layers, a line a recipe, a marker a site.
+
+    frame: columns layer, site, recipe, qsnr_db; one row for each combination.
+    """
+    return _over_layers(frame, "qsnr_db", "recipe", ax)
+
+
+def share_by_layer(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """The share of blocks that something happens to, on a log axis, a line a kind, a marker a site.
+
+    frame: columns layer, site, kind, share; a share of zero is not drawn (there is no log of it).
+    """
+    ax = _over_layers(frame.assign(share=frame["share"].replace(0.0, np.nan)), "share", "kind", ax)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    return ax
+
+
+def scale_histogram(frame: pd.DataFrame, fmt: Format, ax: Axes | None = None) -> Axes:
+    """How often each scale byte is written, a step line a recipe, the byte's classes marked.
+
+    frame: columns recipe, scale_code, share, as `errors.scale_histogram` gives them.
+    """
+    ax = ax or plt.gca()
+    sns.lineplot(frame, x="scale_code", y="share", hue="recipe", drawstyle="steps-mid", ax=ax)
+    smallest_normal = fmt.magnitudes.index(fmt.smallest_normal)
+    ax.axvspan(-0.5, smallest_normal - 0.5, color=NEUTRAL, alpha=0.12, lw=0)
+    ax.axvspan(fmt.code_of_max + 0.5, fmt.code_of_max + 1.5, color=NAN_RED, alpha=0.25, lw=0)
+    for position, text, color in (
+        (0, "subnormal", NEUTRAL),
+        (fmt.code_of_max + 1, "NaN", NAN_RED),
+    ):
+        ax.annotate(
+            text,
+            (position, 0.98),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            ha="center",
+            va="top",
+            fontsize="small",
+            color=color,
+        )
+    ticks = range(0, len(fmt.magnitudes), 1 << (fmt.mantissa_bits + 1))
+    ax.set_xticks(ticks, [f"0x{t:02X}\n{fmt.magnitudes[t]:.3g}" for t in ticks])
+    ax.set(xlabel=f"{LABELS['scale_code']} and its value", ylabel=LABELS["share"])
+    return ax
+
+
+def block(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """One block's elements, as they came in and as each recipe gives them back.
+
+    frame: columns element, x, recipe, decoded; a NaN is marked on the zero line.
+    """
+    ax = ax or plt.gca()
+    recipes = list(frame["recipe"].unique())
+    first = frame[frame["recipe"] == recipes[0]]
+    ax.bar(first["element"], first["x"], color=NEUTRAL, alpha=0.25, width=0.9, label="x")
+    for recipe, color in zip(recipes, sns.color_palette(n_colors=len(recipes)), strict=True):
+        rows = frame[frame["recipe"] == recipe]
+        finite, lost = rows.query("decoded == decoded"), rows.query("decoded != decoded")
+        if len(finite):
+            ax.plot(finite["element"], finite["decoded"], "o", color=color, ms=5, label=recipe)
+        if len(lost):
+            label = f"{recipe}: NaN"
+            ax.plot(lost["element"], 0 * lost["x"], "x", color=color, ms=7, mew=2, label=label)
+    ax.set(xlabel=LABELS["element"], ylabel="value", xticks=range(len(first)))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return ax
+
+
+def _over_layers(frame: pd.DataFrame, y: str, hue: str, ax: Axes | None) -> Axes:
+    ax = ax or plt.gca()
+    sns.lineplot(frame, x="layer", y=y, hue=hue, style="site", markers=True, dashes=False, ax=ax)
+    layers = sorted(frame["layer"].unique())
+    margin = 0.04 * (layers[-1] - layers[0]) or 0.5
+    ax.set(xlabel=LABELS["layer"], ylabel=LABELS[y], xticks=layers)
+    ax.set_xlim(layers[0] - margin, layers[-1] + margin)  # also where nothing is drawn
+    sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return ax
