@@ -1,0 +1,49 @@
+"""The README holds: its example prints what it says, its picture is the notebook's."""
+
+import base64
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import nbformat
+
+import nvfp4lab as nv
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_prints_what_it_says():
+    code, printed = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", README, re.DOTALL).groups()  # type: ignore[union-attr]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code, {})
+    assert out.getvalue() == printed
+
+
+def test_every_recipe_is_in_the_table():
+    assert tuple(re.findall(r"^\| `([\w-]+)` \|", README, re.MULTILINE)) == (
+        "nvfp4",
+        "nvfp4-token",
+        "nvfp4-tensor",
+        "nvfp4-exact-scale",
+        "seed",
+        "seed-as-meant",
+    )
+    assert set(re.findall(r"^\| `([\w-]+)` \|", README, re.MULTILINE)) == set(nv.recipes())
+
+
+def test_the_picture_is_the_notebooks_first_figure():
+    notebook = nbformat.read(ROOT / "notebooks" / "01_staging.ipynb", as_version=4)
+    outputs = (o for c in notebook.cells for o in c.get("outputs", []))
+    figure = next(o.data["image/png"] for o in outputs if "image/png" in o.get("data", {}))
+    picture = (ROOT / "notebooks" / "images" / "01_staging.png").read_bytes()
+    assert picture == base64.b64decode(figure), "run: nvfp4lab study --in-place"
+
+
+def test_every_path_of_the_map_and_every_link_exists():
+    paths = re.findall(r"^(nvfp4lab/\S+|notebooks/|tests/)", README, re.MULTILINE)
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert len(paths) >= 12 and links
+    assert [p for p in [*paths, *links] if not (ROOT / p).exists()] == []
