@@ -31,7 +31,7 @@ lint: $(READY)
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
 
 # .ready is written last and holds the checkout's folder. Newer pins are installed into the .venv
 # that is there; one that is half made, came along in a moved checkout, or has lost its

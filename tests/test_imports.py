@@ -134,3 +134,32 @@ def test_relative_imports_are_read_as_absolute(tmp_path, monkeypatch):
     source = "from . import seed\nfrom ..codec import quantize\nfrom nvfp4lab import rules\n"
     path.write_text(source)
     assert imports_of(path) == {"nvfp4lab.kernels", "nvfp4lab.codec", "nvfp4lab", "nvfp4lab.rules"}
+
+
+def test_every_public_name_is_found_and_no_module_has_its_name():
+    import nvfp4lab
+
+    for name in nvfp4lab.__all__:
+        assert getattr(nvfp4lab, name) is not None
+    assert set(nvfp4lab.__all__).isdisjoint(MODULES)
+
+
+def test_type_checkers_see_the_names_that_are_there():
+    import nvfp4lab
+
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    checked = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.asname: (node.module or "").removeprefix("nvfp4lab.")
+        for node in checked.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == nvfp4lab._HOME
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import nvfp4lab
+
+    with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
+        nvfp4lab.quantise  # noqa: B018
