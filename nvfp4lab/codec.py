@@ -30,6 +30,7 @@ OUTER_FORMULAS = {
 }
 
 
+@torch.no_grad()
 def quantize(
     x: torch.Tensor,
     recipe: str | Recipe = "nvfp4",
@@ -140,18 +141,14 @@ def _outer_scale(
         return None
     if given is not None:
         return torch.as_tensor(given, dtype=torch.float32, device=x.device).reshape(())
-    rows = math.prod(x.shape[:-1]) if rule.per == "token" else 1
-    amax = torch.zeros(rows, device=x.device)
-    width = x.shape[-1] // recipe.scale.block
+    shape = (*x.shape[:-1], 1) if rule.per == "token" else ()
+    amax = torch.zeros(math.prod(shape), device=x.device)
+    blocks_of_one = x.numel() // recipe.scale.block // max(1, len(amax))
     for start, stop, blocks in iter_blocks(x, recipe.scale.block):
         of_block = blocks.abs_().nan_to_num_(nan=0.0, posinf=LARGEST_BF16).amax(-1)
-        row = torch.arange(start, stop, device=x.device) // width if rule.per == "token" else None
-        if row is None:
-            amax = torch.maximum(amax, of_block.amax())
-        else:
-            amax.scatter_reduce_(0, row, of_block, "amax")
-    g = _outer_from_amax(amax, rule)
-    return g.reshape(()) if rule.per == "tensor" else g.reshape(*x.shape[:-1], 1)
+        index = torch.arange(start, stop, device=x.device) // blocks_of_one
+        amax.scatter_reduce_(0, index, of_block, "amax")
+    return _outer_from_amax(amax, rule).reshape(shape)
 
 
 def _outer_from_amax(amax: torch.Tensor, rule: Outer) -> torch.Tensor:
@@ -196,5 +193,6 @@ def _check_input(x: torch.Tensor, recipe: Recipe, outer, generator) -> None:
     if recipe.outer is None or recipe.outer.per != "tensor":
         has = "an outer scale for each token" if recipe.outer else "no outer scale"
         raise ValueError(f"an outer scale was given, but {recipe.name} has {has}")
-    if torch.as_tensor(outer).numel() != 1 or not 0 < float(outer) < math.inf:
-        raise ValueError(f"outer is one positive finite decode scale, got {outer}")
+    scale = torch.as_tensor(outer, dtype=torch.float32)
+    if scale.numel() != 1 or not 0 < scale.item() < math.inf:
+        raise ValueError(f"outer is one positive finite float32 decode scale, got {outer}")

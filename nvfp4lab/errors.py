@@ -92,6 +92,7 @@ class Errors:
         return pd.DataFrame([row | {name: getattr(self, name) for name in derived}])
 
 
+@torch.no_grad()
 def measure(x: torch.Tensor, q: Quantized | Recipe | str) -> Errors:
     """The error of q against x, or of x quantized by a recipe.
 

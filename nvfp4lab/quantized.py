@@ -72,6 +72,7 @@ class Quantized:
         codes, scales = self.codes[..., : width * bits // 8], self.scales[..., : width // block]
         return Quantized(codes, scales, self.outer, self.recipe)
 
+    @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """value(code) * s, then * g: dtype (..., K), each product one float32 rounding.
 

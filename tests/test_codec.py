@@ -78,6 +78,13 @@ def test_input_is_left_alone():
     assert x.equal(before)
 
 
+def test_no_gradient_is_recorded():
+    x = gaussian(4, 32, dtype=torch.float32).requires_grad_()
+    q = nv.quantize(x, "nvfp4-tensor")
+    assert q.outer is not None and not q.outer.requires_grad
+    assert nv.measure(x, q).elements == 128
+
+
 def test_chunks_do_not_show(monkeypatch):
     x = gaussian(37, 160)
     whole = {recipe: nv.quantize(x, recipe) for recipe in nv.recipes()}
@@ -232,11 +239,12 @@ def test_from_buffers_inverts_the_encode_convention(shape):
             "nvfp4-token has an outer scale for each token",
         ),
         ({"recipe": "nvfp4-tensor", "outer": 0.0}, ValueError, "positive finite .* got 0.0"),
+        ({"recipe": "nvfp4-tensor", "outer": 1e-50}, ValueError, "positive finite .* got 1e-50"),
         ({"recipe": "nvfp4-tensor", "outer": NAN}, ValueError, "positive finite .* got nan"),
         (
             {"recipe": "nvfp4-tensor", "outer": torch.ones(4)},
             ValueError,
-            "one positive finite decode scale",
+            "one positive finite float32 decode scale",
         ),
         ({"generator": torch.Generator()}, ValueError, "nvfp4 draws no random numbers"),
     ],
