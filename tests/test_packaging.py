@@ -116,7 +116,9 @@ def test_triton_is_required_on_linux_only():
     assert asked == ["linux"]
 
 
-@pytest.mark.parametrize(("folder", "groups"), [("nvfp4lab", ["run"]), ("tests", ["run", "test"])])
+@pytest.mark.parametrize(
+    ("folder", "groups"), [("nvfp4lab", ["run", "capture"]), ("tests", ["run", "test"])]
+)
 def test_every_import_is_declared(folder, groups):
     declared = {canonicalize_name(Requirement(line).name) for g in groups for line in GROUPS[g]}
     providers = importlib.metadata.packages_distributions()

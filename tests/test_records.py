@@ -230,7 +230,7 @@ def test_a_folder_that_lacks_a_file_with_a_sha256_is_refused(tmp_path):
 def test_what_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no activations at"):
         nv.load_activations(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds no .safetensors file"):
+    with pytest.raises(ValueError, match=r"holds no record, expected .safetensors files"):
         nv.load_activations(tmp_path)
 
 
@@ -309,15 +309,20 @@ def test_the_shipped_text_comes_with_its_licence():
     assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in licence
 
 
+def about_of(entry: dict) -> dict:
+    """What a set's entry of the manifest says beside its files."""
+    return {k: v for k, v in entry.items() if k not in ("files", "weights")}
+
+
 def test_every_shipped_file_is_in_the_manifest_and_says_what_it_is_not():
     sets = json.loads((data_folder() / "manifest.json").read_text())
-    listed = {f["path"] for s in sets.values() for f in s["files"]}
+    listed = {f["path"] for s in sets.values() for f in [*s["files"], s["weights"]]}
     found = {str(p.relative_to(data_folder())) for p in data_folder().rglob("*.safetensors")}
     assert listed == found
     for name in sets:
         for site in nv.activations(name):
             assert "this is not DeepSeek V4" in site.provenance["is"]
-            assert site.provenance == {k: v for k, v in sets[name].items() if k != "files"}
+            assert site.provenance == about_of(sets[name])
 
 
 def test_the_data_cards_statistics_are_those_of_the_files():
@@ -325,3 +330,90 @@ def test_the_data_cards_statistics_are_those_of_the_files():
 
     (written,) = make_card.TABLE.findall((data_folder() / "README.md").read_text())
     assert written == make_card.table()
+
+
+# expert weights ---------------------------------------------------------------------------------
+
+
+def test_the_shipped_experts_are_those_of_the_manifest():
+    for name, about in json.loads((data_folder() / "manifest.json").read_text()).items():
+        weights, entry = nv.expert_weights(name), about["weights"]
+        path = data_folder() / entry["path"]
+        assert (file_sha256(path), path.stat().st_size) == (entry["sha256"], entry["bytes"])
+        assert list(weights.gate_up_proj.shape) == entry["gate_up_proj"]
+        assert list(weights.down_proj.shape) == entry["down_proj"]
+        assert (weights.layer, weights.provenance) == (entry["layer"], about_of(about))
+        assert weights.gate_up_proj.dtype == weights.down_proj.dtype == torch.bfloat16
+
+
+def test_smollm2s_mlp_turns_its_input_into_its_second_input():
+    """What down_proj takes is silu(gate x) * (up x), but for the BF16 of x, weights and result."""
+    sites = {site.label: site.hidden.float() for site in nv.activations("smollm2")}
+    gate, up = nv.expert_weights("smollm2").gate_up_proj[0].float().chunk(2)
+    x, want = sites["layer00.mlp_input"], sites["layer00.down_proj_input"]
+    got = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+    assert (got - want).norm() / want.norm() < 0.01
+
+
+def test_altered_experts_are_refused(shipped_copy):
+    path = shipped_copy / "smollm2" / "layer00.experts.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"layer00.experts.safetensors was altered"):
+        nv.expert_weights("smollm2")
+
+
+# reading part of it -----------------------------------------------------------------------------
+
+
+def test_rows_of_a_record_are_those_rows():
+    part = record().rows(1, 3)
+    assert len(part) == 2
+    assert part.hidden.equal(record().hidden[1:3]) and part.positions.tolist() == [1, 2]
+    assert part.topk_ids is not None and part.topk_ids.shape == (2, 2)
+
+
+def test_a_record_is_shown_in_a_line():
+    assert repr(record()) == (
+        "Activations(layer03.mlp_input, hidden (4, 32), top 2: random numbers)"
+    )
+
+
+MAPPED = """
+import sys, nvfp4lab as nv
+def anonymous():  # kB that are the process's own, and not the file's
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+def mapped():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+nv.load_activations
+before, file_before = anonymous(), mapped()
+(site,) = nv.load_activations(sys.argv[1])
+total = site.rows(1000, 1010).hidden.float().sum().item()
+print(anonymous() - before, mapped() - file_before, len(site))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_a_record_is_not_read_until_its_rows_are_used(tmp_path):
+    """400 MB on disk; ten rows of it cost a few MB."""
+    import subprocess
+
+    tokens = 50_000
+    path = tmp_path / "large.safetensors"
+    large = replace(
+        record(),
+        hidden=torch.zeros(tokens, 4096, dtype=torch.bfloat16),
+        positions=torch.arange(tokens),
+        topk_ids=None,
+        topk_weights=None,
+    )
+    save_activations(path, large)
+    done = subprocess.run(
+        [sys.executable, "-c", MAPPED, str(path)], capture_output=True, text=True, check=True
+    )
+    own, file, rows = map(int, done.stdout.split())
+    assert path.stat().st_size > 400_000_000 and rows == tokens
+    assert own < 20_000 and file < 60_000

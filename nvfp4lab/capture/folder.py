@@ -1,0 +1,246 @@
+"""A capture folder: rows of every site appended pass by pass, sealed into shards, safe from a kill.
+
+    capture.json                         what is in the folder; the one source of truth
+    layer03.expert_input.00000.safetensors   a sealed shard, a record of records.py
+    rows/layer03.expert_input.hidden     committed rows that no shard holds yet, raw
+
+A pass is written to rows/, then capture.json is replaced: a kill before that leaves bytes beyond
+the committed rows, which are cut off when the capture goes on, and a kill after it loses nothing. A
+shard counts once capture.json names it. The engines know nothing of this: they call recorder.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from nvfp4lab.records import CAPTURE_FILE, Activations, file_entry, label_of, save_activations
+
+ROWS, LOCK = "rows", ".lock"
+PARTIAL = f"{CAPTURE_FILE}.partial"
+
+
+class CaptureFolder:
+    """Opens or goes on with the capture in `path`; `commit` a pass at a time, then `finish`.
+
+    provenance: goes into every record. A folder is gone on with only if its provenance, apart from
+    "date", and its settings are the same: mixing two models or two samplings would go unnoticed.
+
+    Raises: ValueError for a folder of another capture, or one that is no capture and not empty;
+    RuntimeError if another process is writing it.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        provenance: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        shard_bytes: int,
+    ):
+        self.path = Path(path)
+        self._shard_bytes = shard_bytes
+        fresh = {
+            "provenance": dict(provenance),
+            "settings": dict(settings),
+            "sites": {},  # label -> {layer, site, columns: {name: [dtype, width]}}
+            "files": [],
+            "shards": 0,  # sealed so far, at every site
+            "waiting": 0,  # committed rows that are in rows/
+            "rows": 0,
+            "bytes": 0,
+            "passes": 0,
+            "tokens_seen": 0,
+        }
+        fresh = json.loads(json.dumps(fresh))  # what JSON gives back, so that two can be compared
+        if (self.path / CAPTURE_FILE).exists():
+            self.state = json.loads((self.path / CAPTURE_FILE).read_text())
+            self._require_same(fresh)
+        elif self.path.is_dir() and {p.name for p in self.path.iterdir()} - {ROWS, PARTIAL}:
+            raise ValueError(
+                f"{self.path} is not empty and holds no {CAPTURE_FILE}: expected a new folder, or "
+                "one of a capture to go on with"
+            )
+        else:
+            self.state = fresh
+        (self.path / ROWS).mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / ROWS / LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RuntimeError(f"{self.path} is being written by another process") from None
+        self._cut_uncommitted()
+        self._write_state()
+
+    def commit(
+        self, records: Mapping[tuple[int, str], Mapping[str, torch.Tensor]], tokens_seen: int
+    ) -> None:
+        """Append one pass: for each (layer, site) its columns, CPU tensors [rows, ...].
+
+        All sites have the same number of rows: row i of every site is the same token.
+        """
+        columns_of = {label_of(*key): columns for key, columns in records.items()}
+        described = describe(records)
+        if self.state["sites"] and described and described != self.state["sites"]:
+            raise ValueError(
+                f"{self.path}: this pass gave {_differing(described, self.state['sites'])}; "
+                "expected the sites, dtypes and widths of the passes before it"
+            )
+        rows = {len(columns["hidden"]) for columns in records.values()} or {0}
+        if len(rows) > 1:
+            raise ValueError(f"expected as many rows at every site, got {sorted(rows)}")
+        (count,) = rows
+        if count:
+            self.state["sites"] = described
+            fullest = max(map(row_bytes, described.values()))
+            if self.state["waiting"] and (self.state["waiting"] + count) * fullest > (
+                self._shard_bytes
+            ):
+                self._seal()
+            for label, columns in columns_of.items():
+                for name, tensor in columns.items():
+                    with self._rows_file(label, name).open("ab") as file:
+                        file.write(_raw(tensor))
+                        file.flush()
+                        os.fsync(file.fileno())
+            self.state["waiting"] += count
+            self.state["rows"] += count
+            self.state["bytes"] += count * sum(map(row_bytes, described.values()))
+        self.state["passes"] += 1
+        self.state["tokens_seen"] = tokens_seen
+        self._write_state()
+
+    def finish(self) -> None:
+        """Seal what waits, and give the folder up; it can then be read, or gone on with."""
+        if self.state["waiting"]:
+            self._seal()
+        self._lock.release()
+        for file in (self.path / ROWS).iterdir():
+            file.unlink()
+        (self.path / ROWS).rmdir()
+
+    def abandon(self) -> None:
+        """Give the folder up as it is: what was committed waits for the capture to go on."""
+        self._lock.release()
+
+    def _seal(self) -> None:
+        """Write the waiting rows of every site as a shard; they count when capture.json says so."""
+        entries = []
+        for label, about in self.state["sites"].items():
+            columns = {
+                name: _mapped(self._rows_file(label, name), self.state["waiting"], dtype, width)
+                for name, (dtype, width) in about["columns"].items()
+            }
+            record = Activations(
+                **columns,
+                layer=about["layer"],
+                site=about["site"],
+                provenance=self.state["provenance"],
+            )
+            path = self.path / f"{label}.{self.state['shards']:05d}.safetensors"
+            sha256 = save_activations(path, record)
+            entries.append(file_entry(path, sha256, record, self.path))
+        self.state["files"] += entries
+        self.state["shards"] += 1
+        self.state["waiting"] = 0
+        self._write_state()
+        self._cut_uncommitted()
+
+    def _cut_uncommitted(self) -> None:
+        """Rows beyond the committed ones go, and files of sites that were never committed."""
+        committed = {
+            self._rows_file(label, name): self.state["waiting"] * column_bytes(dtype, width)
+            for label, about in self.state["sites"].items()
+            for name, (dtype, width) in about["columns"].items()
+        }
+        for file in (self.path / ROWS).iterdir():
+            if file not in committed and file.name != LOCK:
+                file.unlink()
+        for file, size in committed.items():
+            file.touch()
+            if (found := file.stat().st_size) < size:
+                raise ValueError(
+                    f"{file} holds {found} bytes, expected the {size} that were committed"
+                )
+            os.truncate(file, size)
+
+    def _require_same(self, fresh: dict[str, Any]) -> None:
+        for part in ("settings", "provenance"):
+            wanted, found = dict(fresh[part]), dict(self.state[part])
+            wanted.pop("date", None)
+            found.pop("date", None)
+            if wanted != found:
+                raise ValueError(
+                    f"{self.path} holds a capture with another {_differing(wanted, found)}: use "
+                    "another folder, or the same settings to go on"
+                )
+
+    def _write_state(self) -> None:
+        partial = self.path / PARTIAL
+        with partial.open("w") as file:
+            json.dump(self.state, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path / CAPTURE_FILE)
+
+    def _rows_file(self, label: str, column: str) -> Path:
+        return self.path / ROWS / f"{label}.{column}"
+
+
+def seal(path: str | Path) -> None:
+    """Make the committed rows of a capture that was interrupted readable, without going on with it.
+
+    Raises: ValueError for a folder that is no capture; RuntimeError if it is still being written.
+    """
+    file = Path(path) / CAPTURE_FILE
+    if not file.is_file():
+        raise ValueError(f"{path} is no capture: expected a {CAPTURE_FILE} in it")
+    state = json.loads(file.read_text())
+    CaptureFolder(path, state["provenance"], state["settings"], shard_bytes=1).finish()
+
+
+def column_bytes(dtype: str, width: int | None) -> int:
+    return getattr(torch, dtype).itemsize * (1 if width is None else width)
+
+
+def row_bytes(site: Mapping[str, Any]) -> int:
+    """Bytes of one row of a site, all columns."""
+    return sum(column_bytes(*column) for column in site["columns"].values())
+
+
+def describe(
+    records: Mapping[tuple[int, str], Mapping[str, torch.Tensor]],
+) -> dict[str, dict[str, Any]]:
+    """Each site's layer, name and columns (dtype, width), as capture.json holds them."""
+    return {
+        label_of(layer, site): {
+            "layer": layer,
+            "site": site,
+            "columns": {
+                name: [str(t.dtype).removeprefix("torch."), t.shape[1] if t.ndim == 2 else None]
+                for name, t in columns.items()
+            },
+        }
+        for (layer, site), columns in records.items()
+    }
+
+
+def _differing(got: Mapping[str, Any], want: Mapping[str, Any]) -> str:
+    keys = [k for k in {**got, **want} if got.get(k) != want.get(k)]
+    return ", ".join(f"{k} ({got.get(k)!r}, there {want.get(k)!r})" for k in keys[:3])
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().view(torch.uint8).numpy().data
+
+
+def _mapped(path: Path, rows: int, dtype: str, width: int | None) -> torch.Tensor:
+    """The first rows of a file as a tensor that is read when it is used."""
+    size = rows * (1 if width is None else width)
+    flat = torch.from_file(str(path), shared=False, size=size, dtype=getattr(torch, dtype))
+    return flat if width is None else flat.view(rows, width)
