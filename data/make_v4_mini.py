@@ -83,7 +83,7 @@ PLAN = Plan(
         "bos_token_id": 0,
         "eos_token_id": 0,
     },
-    steps=2800,
+    steps=2500,
 )
 
 # Relative half-widths within which a remade set must agree with the recorded one.

@@ -16,7 +16,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Activations:
     positions: torch.Tensor
     layer: int
     site: str
-    provenance: Mapping[str, Any] = field(repr=False)
+    provenance: Mapping[str, Any]
     topk_ids: torch.Tensor | None = None
     topk_weights: torch.Tensor | None = None
 
@@ -73,7 +73,7 @@ class Activations:
         return replace(self, **{name: getattr(self, name)[start:stop] for name in names})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExpertWeights:
     """The experts behind one site: y = down(silu(gate x) * up x), for each expert.
 
@@ -84,7 +84,12 @@ class ExpertWeights:
     gate_up_proj: torch.Tensor
     down_proj: torch.Tensor
     layer: int
-    provenance: Mapping[str, Any] = field(repr=False)
+    provenance: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        experts, width, inner = self.down_proj.shape
+        of = f"{experts} of [{width}, {inner}], layer {self.layer}"
+        return f"ExpertWeights({of}: {self.provenance.get('is')})"
 
 
 def label_of(layer: int, site: str) -> str:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import oracles
@@ -19,7 +19,7 @@ import oracles
 import nvfp4lab as nv
 
 HERE = Path(__file__).parent
-SETS = ("smollm2",)
+SETS = ("smollm2", "v4-mini")
 RECIPES = ("nvfp4", "nvfp4-token", "seed")
 
 
@@ -34,6 +34,10 @@ def oracle_bytes(hidden: np.ndarray, recipe: str) -> dict[str, np.ndarray]:
     return parts if outer is None else parts | {"outer": outer}
 
 
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
 def main() -> None:
     for name in SETS:
         for recipe in RECIPES:
@@ -43,6 +47,9 @@ def main() -> None:
                 for part, array in oracle_bytes(site.hidden.float().numpy(), recipe).items()
             }
             path = golden_path(name, recipe)
+            if path.exists() and same(load_file(path), arrays):
+                print(f"{path.name}: unchanged")
+                continue
             save_file(arrays, path, metadata={"set": name, "recipe": recipe, "from": "oracles.py"})
             print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
 
