@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 import nvfp4lab as nv
+from nvfp4lab import controls
 from nvfp4lab.errors import scale_classes
 
 HERE = Path(__file__).parent
@@ -32,6 +33,7 @@ def statistics(hidden: torch.Tensor) -> dict[str, str]:
     return {
         "sigma": f"{x.std():.4f}",
         "kurtosis": f"{((x - x.mean()) ** 4).mean() / x.var() ** 2:.1f}",
+        "Student-t df": f"{controls.fit(hidden, 'student-t').args[0]:.1f}",
         "channel max/median": f"{channel_rms.max() / channel_rms.median():.1f}",
         "block amax / token rms, p50": f"{amax_over_rms.quantile(0.5):.2f}",
         "p99.9": f"{amax_over_rms.quantile(0.999):.1f}",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nvfp4lab.codec import quantize as quantize
+    from nvfp4lab.controls import control as control
     from nvfp4lab.errors import measure as measure
     from nvfp4lab.quantized import Quantized as Quantized
     from nvfp4lab.records import Activations as Activations
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Quantized": "quantized",
     "quantize": "codec",
+    "control": "controls",
     "measure": "errors",
     "Activations": "records",
     "ExpertWeights": "records",
@@ -44,6 +46,7 @@ _HOME = {
 _MODULES = (
     "capture",
     "codec",
+    "controls",
     "errors",
     "formats",
     "layouts",

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "nvfp4lab"
 # A module imports from earlier layers only, never from its own. A folder counts as one module.
 LAYERS = (
     {"kernels", "records", "runs", "publish", "formats"},
-    {"capture", "rules", "layouts"},
+    {"capture", "controls", "rules", "layouts"},
     {"quantized"},
     {"codec"},
     {"staging", "errors"},
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "records": set(),
     "capture": {"records"},
+    "controls": {"records"},
     "runs": set(),
     "publish": set(),
 }
