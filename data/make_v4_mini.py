@@ -7,7 +7,7 @@ command goes on from it. Training is not bit-reproducible; what is made anew rep
 set only when its statistics lie within BANDS of those recorded in data/v4-mini/training.json.
 
     make setup
-    .venv/bin/pip install -c constraints.txt ".[capture]"
+    .venv/bin/pip install -c constraints.txt -e ".[capture]"
     .venv/bin/python data/make_v4_mini.py
 
 To train another model, change PLAN; the corpus is make_v4_mini_corpus.py's.

@@ -51,7 +51,7 @@ def work(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_corpus, "SOURCES", {"own==1": ("Apache-2.0", sha256)})
         patch.setattr(make_corpus, "VOCABULARY", VOCABULARY)
-        patch.setattr(make_corpus, "TRAIN_TOKENS", 20_000)
+        patch.setattr(make_corpus, "TRAIN_TOKENS", 100_000)
         patch.setattr(make_corpus, "HELD_OUT", 5)
         make_corpus.build(folder)
     return folder
@@ -72,7 +72,7 @@ def test_the_corpus_is_token_ids_of_its_texts(work):
     about = json.loads((work / "corpus.json").read_text())
     train, held_out = np.load(work / "train.npy"), np.load(work / "held_out.npy")
     assert train.dtype == held_out.dtype == np.uint16
-    assert len(train) == about["train_tokens"] <= 20_000
+    assert len(train) == about["train_tokens"] <= 100_000
     assert len(held_out) == about["held_out_tokens"] > 0
     assert max(train.max(), held_out.max()) < VOCABULARY
     assert (train == make_corpus.END_OF_TEXT).any()
