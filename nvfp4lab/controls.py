@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -21,10 +21,6 @@ from nvfp4lab.records import Activations
 
 BF16_MAGNITUDES, BF16_INFINITY = 2**15, 0x7F80
 DEGREES_OF_FREEDOM = (0.3, 1000.0)  # range of the Student-t fit: mostly zeros, to a Gaussian
-
-
-class Law(Protocol):
-    def rvs(self, size: tuple[int, int], random_state: np.random.Generator) -> np.ndarray: ...
 
 
 def control(site: Activations, law: str, *, seed: int = 0) -> Activations:
@@ -91,13 +87,12 @@ def fit(hidden: torch.Tensor, law: str) -> Any:
 def describe(law: Any) -> dict[str, float]:
     """The parameters of a fitted law, by name."""
     if isinstance(law, ChannelOutlier):
-        channel, token = law.channel, law.token
         return {
-            "channel sigma median": float(np.median(channel)),
-            "channel sigma max": float(channel.max()),
-            "token gain max": float(token.max()),
+            "channel sigma median": float(np.median(law.channel)),
+            "channel sigma max": float(law.channel.max()),
+            "token gain max": float(law.token.max()),
         }
-    return {"df": float(law.args[0]), **law.kwds} if law.args else dict(law.kwds)
+    return dict(zip(["df"], map(float, law.args), strict=False)) | {"scale": law.kwds["scale"]}
 
 
 def magnitude_counts(hidden: torch.Tensor) -> np.ndarray:

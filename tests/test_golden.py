@@ -40,17 +40,13 @@ def test_quantize_gives_the_golden_bytes(name, recipe):
 
 
 @pytest.mark.parametrize(("name", "recipe"), CASES)
-@pytest.mark.parametrize("end", [0, -1], ids=["first layer", "last layer"])
-def test_staging_gives_the_golden_bytes(name, recipe, end, device):
+def test_staging_gives_the_golden_bytes(name, recipe, device):
     """Padded with zeros to a multiple of 128, the padding has blocks of its own; the routing of a
     dense site is made up."""
     golden = load_file(make_golden.golden_path(name, recipe))
-    sites = nv.activations(name)
-    for site in sites:
-        if site.layer != sites[end].layer:
-            continue
+    for site in nv.activations(name):
         if device == "cpu":  # the interpreter takes milliseconds for each program
-            site = site.rows(0, 16)
+            site = site.rows(0, 8)
         width, ids, weights = site.hidden.shape[1], site.topk_ids, site.topk_weights
         if ids is None or weights is None:
             ids, weights = torch.zeros(len(site), 2, dtype=torch.int64), torch.rand(len(site), 2)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from test_capture import routing
 from test_capture_huggingface import DEEPSEEK_V4
 
+import nvfp4lab as nv
 from nvfp4lab.records import data_folder
 
 sys.path.insert(0, str(data_folder()))
@@ -154,3 +155,11 @@ def test_a_remade_set_is_held_to_its_bands():
     assert make_v4_mini.outside_bands(near, recorded) == []
     (problem,) = make_v4_mini.outside_bands(far, recorded)
     assert problem == "held_out_loss: 2.07, recorded 2, band 3%"
+
+
+def test_the_recorded_statistics_are_those_of_the_shipped_set():
+    log = json.loads((data_folder() / "v4-mini" / "training.json").read_text())
+    found = make_v4_mini.statistics(list(nv.activations("v4-mini")), log)
+    assert found == pytest.approx(log["statistics"], rel=1e-9)
+    assert log["step"] == make_v4_mini.PLAN.steps
+    assert log["tokens_seen"] == log["step"] * make_v4_mini.PLAN.batch * make_v4_mini.PLAN.sequence
