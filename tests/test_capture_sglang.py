@@ -17,12 +17,21 @@ from nvfp4lab.capture.sglang_wrapper import scheduler_process, wrap
 
 
 @pytest.fixture
-def sglang(monkeypatch):
-    """The stand-in's modules by the last part of their names."""
-    modules = stubs.sglang_modules()
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return {name.rpartition(".")[2]: module for name, module in modules.items()}
+def load(monkeypatch):
+    """Puts the stand-in into sys.modules; gives its modules by the last part of their names."""
+
+    def load(**how):
+        modules = stubs.sglang_modules(**how)
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        return {name.rpartition(".")[2]: module for name, module in modules.items()}
+
+    return load
+
+
+@pytest.fixture
+def sglang(load):
+    return load()
 
 
 def batch(tokens: int, idle: bool = False) -> stubs.ForwardBatch:
@@ -74,7 +83,7 @@ def test_the_engine_is_left_as_it_was(tmp_path, sglang):
 
 def test_the_scheduler_process_records_and_can_be_sent_to_another_process(tmp_path, sglang):
     run = pickle.loads(pickle.dumps(scheduler_process(tmp_path / "v4", provenance={"text": "x"})))
-    run(stubs.server_args(), None, 0, 0)
+    run(stubs.server_args(), None, 0, 0, 0, None, None)
     for site in nv.load_activations(tmp_path / "v4", sha256=True):
         assert len(site) == 16 and site.provenance["text"] == "x"
         assert site.provenance["engine"].startswith("sglang 0.5.23")
@@ -118,21 +127,18 @@ def test_what_a_killed_scheduler_recorded_can_be_sealed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tp_rank", "dp_rank", "args", "folder"),
+    ("ranks", "folder"),
     [
-        (0, None, {}, "v4"),
-        (1, None, {"tp_size": 4}, None),
-        (2, None, {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}, "v4/dp1"),
-        (3, None, {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}, None),
-        (0, 1, {"dp_size": 2}, "v4/dp1"),
-        (0, None, {"pp_size": 2}, "v4/pp1"),
+        ({"attn_tp_rank": 0, "attn_tp_size": 4}, "v4/tp0"),
+        ({"attn_tp_rank": 1, "attn_tp_size": 4}, None),
+        ({"dp_rank": 1, "dp_size": 2}, "v4/dp1"),
+        ({"attn_dp_rank": 1, "attn_dp_size": 2}, "v4/adp1"),
+        ({"pp_rank": 1, "pp_size": 2, "attn_dp_rank": 1, "attn_dp_size": 2}, "v4/adp1/pp1"),
     ],
 )
-def test_each_rank_with_tokens_of_its_own_has_a_folder(
-    tmp_path, sglang, tp_rank, dp_rank, args, folder
-):
-    runner = sglang["model_runner"].ModelRunner(tp_rank, 1 if "pp_size" in args else 0, dp_rank)
-    with wrap(tmp_path / "v4", stubs.server_args(**args)):
+def test_each_rank_with_tokens_of_its_own_has_a_folder(tmp_path, load, ranks, folder):
+    runner = load(**ranks)["model_runner"].ModelRunner()
+    with wrap(tmp_path / "v4", stubs.server_args()):
         runner.forward(batch(5))
     if folder is None:
         assert not (tmp_path / "v4").exists()
@@ -140,20 +146,34 @@ def test_each_rank_with_tokens_of_its_own_has_a_folder(
         require_recorded(tmp_path / folder, runner, (5,))
 
 
-def test_cuda_graphs_are_refused(tmp_path, sglang):
-    capture = wrap(tmp_path / "v4", stubs.server_args(disable_cuda_graph=False))
-    with pytest.raises(ValueError, match="expected --disable-cuda-graph"):
-        capture.__enter__()
+@pytest.mark.parametrize(("rank", "first", "last"), [(0, 0, 4), (1, 4, 5)])
+def test_each_attention_rank_records_its_shard(tmp_path, load, rank, first, last):
+    """Five tokens padded to eight: four and one."""
+    runner = load(attn_tp_rank=rank, attn_tp_size=2)["model_runner"].ModelRunner(sharded=True)
+    with wrap(tmp_path / "v4", stubs.server_args()):
+        runner.forward(batch(5))
+    for site in nv.load_activations(tmp_path / "v4" / f"tp{rank}"):
+        assert site.positions.tolist() == [100 + i for i in range(first, last)]
+        assert site.hidden.equal(runner.experts[site.layer].got[0][0][: last - first])
 
 
-def test_ids_of_physical_experts_are_refused(tmp_path, sglang):
-    sglang["mega_moe"].ExpertLocationDispatchInfo.mapped = True
-    runner = sglang["model_runner"].ModelRunner()
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"cuda_graphs": True}, "expected --cuda-graph-backend-decode=disabled"),
+        ({"mapped": True}, "mapped to physical experts"),
+        ({"in_buffer": True}, "capture with SGLANG_OPT_DEEPGEMM_MEGA_GATE=0"),
+        ({"attn_cp_size": 2}, "expected no attention context parallelism"),
+    ],
+)
+def test_what_cannot_be_recorded_rightly_is_refused(tmp_path, load, how, message):
+    runner = load(**how)["model_runner"].ModelRunner()
     with (
         wrap(tmp_path / "v4", stubs.server_args()),
-        pytest.raises(RuntimeError, match="mapped to physical experts"),
+        pytest.raises((ValueError, RuntimeError), match=message),
     ):
         runner.forward(batch(5))
+    assert not (tmp_path / "v4").exists()
 
 
 def test_a_rank_with_a_part_of_the_tokens_is_refused(tmp_path, sglang, monkeypatch):
@@ -162,6 +182,6 @@ def test_a_rank_with_a_part_of_the_tokens_is_refused(tmp_path, sglang, monkeypat
     monkeypatch.setattr(runner, "run_layers", lambda rows, tokens: whole(rows // 2, rows // 2))
     with (
         wrap(tmp_path / "v4", stubs.server_args()),
-        pytest.raises(ValueError, match="a row for each of the 8 tokens, got 4: this rank gets"),
+        pytest.raises(ValueError, match=r"each of the pass's 8 tokens, or a shard of 1/1 .* got 4"),
     ):
         runner.forward(batch(5))

@@ -65,7 +65,7 @@ def test_profile_and_dummy_runs_are_dropped(tmp_path, runner):
     worker = stubs.vllm_worker(CaptureExtension, runner=runner)
     worker.start_capture(str(tmp_path / "v4"))
     worker.model_runner._dummy_run(16)
-    serve(worker, (0,) if runner is stubs.GPUModelRunner else ())
+    serve(worker, (0,))
     dummies = len(worker.get_model().got()[0])
     serve(worker, (5,))
     worker.model_runner._dummy_run(16)
@@ -154,7 +154,11 @@ def test_the_provenance_says_what_it_is(tmp_path):
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [({"enforce_eager": False}, "enforce_eager=True"), ({"enable_dbo": True}, "enable_dbo=False")],
+    [
+        ({"enforce_eager": False}, "enforce_eager=True"),
+        ({"use_ubatching": True}, "no dual batch overlap"),
+        ({"prefill_context_parallel_size": 2}, "no prefill context parallelism"),
+    ],
 )
 def test_an_engine_whose_passes_no_hook_sees_is_refused(tmp_path, changed, message):
     worker = stubs.vllm_worker(CaptureExtension, **changed)
@@ -180,11 +184,58 @@ def test_start_and_finish_come_in_turns(tmp_path):
     worker.finish_capture()
 
 
-def test_another_scoring_is_refused():
-    moe = stubs.DeepseekV4MoE(1, use_mega_moe=False)
-    moe.scoring_func = "softmax"
-    with pytest.raises(ValueError, match="expected sqrtsoftplus routing, got 'softmax'"):
-        vllm_worker.route(moe, torch.zeros(2, stubs.WIDTH), None)
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "message"),
+    [
+        ("ffn", "scoring_func", "softmax", "expected sqrtsoftplus routing, got 'softmax'"),
+        ("gate", "bias_vl", torch.zeros(stubs.EXPERTS), "expected a text model"),
+    ],
+)
+def test_routing_that_cannot_be_recomputed_is_refused_at_the_start(
+    tmp_path, owner, name, value, message
+):
+    worker = stubs.vllm_worker(CaptureExtension, use_mega_moe=False)
+    ffn = worker.get_model().model.layers[1].ffn
+    setattr(ffn if owner == "ffn" else ffn.gate, name, value)
+    with pytest.raises(ValueError, match=message):
+        worker.start_capture(str(tmp_path / "v4"))
+    assert not (tmp_path / "v4").exists()
+
+
+@pytest.mark.parametrize("use_mega_moe", [True, False], ids=["MegaMoE", "FusedMoE"])
+def test_each_rank_of_sequence_parallelism_records_its_shard(tmp_path, use_mega_moe):
+    """Three ranks share passes that are padded to eight rows, then to nine."""
+    found = []
+    for rank in range(3):
+        worker = stubs.vllm_worker(
+            CaptureExtension,
+            use_mega_moe=use_mega_moe,
+            shard=(rank, 3),
+            rank=rank,
+            tensor_parallel_size=3,
+        )
+        folder = worker.start_capture(str(tmp_path / "v4"))
+        assert folder == str(tmp_path / "v4" / f"tp{rank}")
+        serve(worker, (5, 8))
+        worker.finish_capture()
+        real = [range(3 * rank, 3 * rank + 3), range(3 * rank, min(3 * rank + 3, 8))]
+        real[0] = range(3 * rank, max(3 * rank, min(3 * rank + 3, 5)))
+        for layer, site in enumerate(nv.load_activations(folder)):
+            calls = worker.get_model().got()[layer]
+            hidden = torch.cat([c[0][: len(r)] for c, r in zip(calls, real, strict=True)])
+            assert site.hidden.equal(hidden) and site.layer == layer
+            assert site.positions.tolist() == [5 + i for part in real for i in part]
+        found += site.positions.tolist()
+    assert sorted(found) == sorted([*range(5, 10), *range(5, 13)])
+
+
+def test_a_worker_that_shuts_down_finishes_its_capture(tmp_path):
+    worker = stubs.vllm_worker(CaptureExtension)
+    worker.destroy_worker_extension()
+    worker.start_capture(str(tmp_path / "v4"))
+    serve(worker, (5,))
+    worker.destroy_worker_extension()
+    assert len(nv.load_activations(tmp_path / "v4")[0]) == 5
 
 
 def test_a_hash_layer_needs_its_token_ids():

@@ -204,9 +204,10 @@ def seal(path: str | Path) -> None:
     CaptureFolder(path, state["provenance"], state["settings"], shard_bytes=1).finish()
 
 
-def folder_of_rank(out: Path, *, dp: tuple[int, int], pp: tuple[int, int]) -> Path:
-    """`out`, or a folder in it for each (rank, size) that has several ranks: out/dp1/pp0."""
-    for name, (rank, size) in {"dp": dp, "pp": pp}.items():
+def folder_of_rank(out: Path, **ranks: tuple[int, int]) -> Path:
+    """`out`, or a folder in it for each kind of parallelism, name=(rank, size), with a size above
+    1: out/dp1/pp0."""
+    for name, (rank, size) in ranks.items():
         out = out / f"{name}{rank}" if size > 1 else out
     return out
 

@@ -1,6 +1,6 @@
 """Capture inside SGLang's scheduler processes, by wrapping what calls MegaMoE. Untested on the
-engine: it was written from the source of SGLang 0.5.23 and is tested against stand-ins with that
-source's signatures.
+engine: it was written from the source of the released SGLang 0.5.23 and is tested against stand-ins
+with its signatures.
 
 `mega_moe.run_mega_routed_experts` gets what the staging kernel gets; ModelRunner.forward says where
 a pass begins and ends. Both are wrapped while `wrap` lasts, and `scheduler_process` gives SGLang a
@@ -25,6 +25,8 @@ from nvfp4lab.capture.recorder import Recorder
 MEGA_MOE = "sglang.srt.layers.moe.mega_moe"
 MODEL_RUNNER = "sglang.srt.model_executor.model_runner"
 SCHEDULER = "sglang.srt.managers.scheduler"
+CONTEXT = "sglang.srt.runtime_context"
+CUDA_GRAPHS = "sglang.srt.model_executor.cuda_graph_config"
 
 
 def scheduler_process(
@@ -36,7 +38,8 @@ def scheduler_process(
         from sglang.srt.server_args import prepare_server_args
 
         arguments = "--model-path deepseek-ai/DeepSeek-V4-Flash --moe-a2a-backend megamoe"
-        arguments += " --disable-cuda-graph --disable-radix-cache --skip-server-warmup"
+        arguments += " --cuda-graph-backend-decode=disabled --cuda-graph-backend-prefill=disabled"
+        arguments += " --disable-radix-cache --skip-server-warmup"
         launch_server(
             prepare_server_args(arguments.split()),
             run_scheduler_process_func=scheduler_process("v4", tokens=100_000),
@@ -44,11 +47,8 @@ def scheduler_process(
 
     A replayed CUDA graph calls no wrapper, a cached prefix is not run, and a warm-up is a request
     like any other: hence the flags. The shards are sealed when the token or byte budget is used
-    up. SGLang kills its schedulers when it stops; `nvfp4lab.capture.seal("v4")` then makes what was
-    recorded until there readable. With data parallelism the folders are v4/dp0, v4/dp1, ..., with
-    pipeline parallelism .../pp0, ....
-
-    out, settings: see `wrap`.
+    up, or the server ends in order; of one that was killed, `nvfp4lab.capture.seal("v4")` makes
+    readable what was recorded until then. out, settings: see `wrap`.
     """
     return functools.partial(_run_scheduler, out, dict(provenance or {}), settings)
 
@@ -63,21 +63,23 @@ def wrap(
 ) -> Iterator[None]:
     """Record every real forward pass of this process's model while the block runs.
 
-    server_args: SGLang's. provenance: added to what the engine says of itself. settings: layers,
-    tokens, keep, seed, max_bytes, shard_bytes of Recorder. Weights are recorded in float32 with
-    routed_scaling_factor in them, as DeepGEMM's staging gets them on SM100. Ids are those of the
-    model, -1 where SGLang's router masked a row.
+    out: the capture folder. Ranks with tokens or layers of their own have folders in it: dp0, ...
+    for data-parallel replicas, adp0, ... with attention data parallelism, pp0, ... with pipeline
+    parallelism, and tp0, ... with attention tensor parallelism, where SGLang may shard the tokens;
+    what is not sharded is in tp0. server_args: SGLang's. provenance: added to what the engine says
+    of itself. settings: layers, tokens, keep, seed, max_bytes, shard_bytes of Recorder, for each
+    folder. Weights are recorded in float32 with routed_scaling_factor in them, as DeepGEMM's
+    staging gets them on SM100. Ids are those of the model.
 
-    Raises: ValueError if CUDA graphs are on. Inside the block, RuntimeError when the ids have been
-    mapped to physical experts, ValueError when a rank gets only a part of the tokens.
+    Raises, in the first pass: ValueError if CUDA graphs or attention context parallelism are on, or
+    a rank gets rows that are neither the pass nor its shard; RuntimeError if the routing is out of
+    sight or its ids are mapped to physical experts.
     """
-    if not server_args.disable_cuda_graph:
-        raise ValueError("expected --disable-cuda-graph: replayed CUDA graphs call no wrapper")
     mega_moe: Any = importlib.import_module(MEGA_MOE)
     runner_class: Any = importlib.import_module(MODEL_RUNNER).ModelRunner
     experts, forward = mega_moe.run_mega_routed_experts, runner_class.forward
     about = describe_engine(server_args) | dict(provenance or {})
-    capture = _Capture(Path(out), server_args, about, settings, mega_moe)
+    capture = _Capture(Path(out), about, settings)
     mega_moe.run_mega_routed_experts = capture.around_experts(experts)
     runner_class.forward = capture.around_forward(forward)
     try:
@@ -90,37 +92,30 @@ def wrap(
 class _Capture:
     """The recorder of one process, opened by its first real pass."""
 
-    def __init__(
-        self,
-        out: Path,
-        server_args: Any,
-        provenance: dict[str, Any],
-        settings: dict[str, Any],
-        mega_moe: Any,
-    ):
-        self._out, self._args, self._mega_moe = out, server_args, mega_moe
-        self._provenance, self._settings = provenance, settings
+    def __init__(self, out: Path, provenance: dict[str, Any], settings: dict[str, Any]):
+        self._out, self._provenance, self._settings = out, provenance, settings
         self._recorder: Recorder | None = None
         self._batch: Any = None  # of the real pass under way
+        self._real = 0  # its tokens without padding
         self._finished = False
 
     def around_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def recorded(runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._finished or not self._records(runner, forward_batch):
+            idle = forward_batch.forward_mode.is_idle() or runner.is_draft_worker
+            if idle or self._finished:
                 return forward(runner, forward_batch, *args, **kwargs)
-            if self._recorder is None:
-                folder = self._folder(runner)
-                self._recorder = Recorder(folder, self._provenance, **self._settings)
             self._batch = forward_batch
+            self._real = len(forward_batch.positions)  # SGLang pads them inside
             try:
                 output = forward(runner, forward_batch, *args, **kwargs)
-                if self._recorder.recording:
+                if self._recorder is not None and self._recorder.recording:
                     self._recorder.end()
             finally:
                 self._batch = None
-                self._recorder.discard()  # of a pass that an error ended
-            if self._recorder.full:
+                if self._recorder is not None:
+                    self._recorder.discard()  # of a pass that an error ended
+            if self._recorder is not None and self._recorder.full:
                 self.finish()
             return output
 
@@ -135,9 +130,14 @@ class _Capture:
             topk_weights: torch.Tensor | None,
             **kwargs: Any,
         ) -> Any:
-            if self._batch is not None and topk_ids is not None and topk_weights is not None:
-                scale = kwargs.get("routed_scaling_factor", 1.0)
-                self._take(experts.layer_id, hidden_states, topk_ids, topk_weights.float() * scale)
+            if self._batch is not None and len(hidden_states):
+                if topk_ids is None or topk_weights is None:
+                    raise RuntimeError(
+                        "the routing was written into DeepGEMM's buffer, where it is not seen: "
+                        "capture with SGLANG_OPT_DEEPGEMM_MEGA_GATE=0"
+                    )
+                weights = topk_weights.float() * kwargs.get("routed_scaling_factor", 1.0)
+                self._take(experts.layer_id, hidden_states, topk_ids, weights)
             return run(experts, hidden_states, topk_ids, topk_weights, **kwargs)
 
         return recorded
@@ -150,46 +150,49 @@ class _Capture:
     def _take(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> None:
-        recorder, batch = self._recorder, self._batch
-        assert recorder is not None
-        if self._mega_moe.ExpertLocationDispatchInfo.init_new(layer_id=layer) is not None:
+        parallel = importlib.import_module(CONTEXT).get_parallel()
+        positions = self._batch.positions  # as padded for this pass
+        rank, size = parallel.attn_tp_rank, parallel.attn_tp_size
+        if len(hidden) == len(positions):
+            if rank:
+                return  # rank 0 has the same rows
+            first = 0
+        elif len(hidden) * size == len(positions):
+            first = rank * len(hidden)
+        else:
+            raise ValueError(
+                f"layer {layer}: expected a row for each of the pass's {len(positions)} tokens, or "
+                f"a shard of 1/{size} of them, got {len(hidden)}: capture without two-batch overlap"
+            )
+        if self._recorder is None:
+            self._recorder = self._open(parallel)
+        if not self._recorder.recording:
+            valid = torch.arange(len(positions)) < self._real
+            mine = slice(first, first + len(hidden))
+            self._recorder.begin(positions[mine], valid[mine])
+        self._recorder.take(layer, hidden, ids, weights)
+
+    def _open(self, parallel: Any) -> Recorder:
+        if not importlib.import_module(CUDA_GRAPHS).cuda_graph_fully_disabled():
+            raise ValueError(
+                "expected --cuda-graph-backend-decode=disabled and "
+                "--cuda-graph-backend-prefill=disabled: replayed CUDA graphs call no wrapper"
+            )
+        if parallel.attn_cp_size > 1:
+            raise ValueError("expected no attention context parallelism: it reorders the tokens")
+        if importlib.import_module(CONTEXT).get_exec().moe.ep_dispatch_algorithm is not None:
             raise RuntimeError(
                 "expert ids are mapped to physical experts before they get here: capture without "
-                "--enable-eplb, --init-expert-location and --ep-dispatch-algorithm"
+                "--ep-dispatch-algorithm, --enable-eplb and --init-expert-location"
             )
-        positions = batch.positions  # as padded for this pass: only now is it known
-        if len(hidden) != len(positions):
-            raise ValueError(
-                f"layer {layer}: expected a row for each of the {len(positions)} tokens, got "
-                f"{len(hidden)}: this rank gets a part of them, capture with one attention rank "
-                "for each data-parallel rank"
-            )
-        if not recorder.recording:
-            real = batch.num_token_non_padded_cpu
-            real = len(positions) if real is None else int(real)
-            recorder.begin(positions, torch.arange(len(positions)) < real)
-        recorder.take(layer, hidden, ids, weights)
-
-    def _records(self, runner: Any, batch: Any) -> bool:
-        """A pass of real tokens by the target model, on the rank that records them."""
-        idle = batch.forward_mode.is_idle() or runner.is_draft_worker
-        return not idle and runner.tp_rank % self._ranks_alike() == 0
-
-    def _ranks_alike(self) -> int:
-        """How many neighbouring tensor-parallel ranks attend to the same tokens."""
-        copies = self._args.dp_size if self._args.enable_dp_attention else 1
-        return self._args.tp_size // copies
-
-    def _folder(self, runner: Any) -> Path:
-        attention = self._args.enable_dp_attention
-        dp = (
-            runner.tp_rank // self._ranks_alike()
-            if attention
-            else getattr(runner, "dp_rank", None) or 0
+        folder = folder_of_rank(
+            self._out,
+            dp=(parallel.dp_rank or 0, parallel.dp_size),
+            adp=(parallel.attn_dp_rank, parallel.attn_dp_size),
+            pp=(parallel.pp_rank, parallel.pp_size),
+            tp=(parallel.attn_tp_rank, parallel.attn_tp_size),
         )
-        return folder_of_rank(
-            self._out, dp=(dp, self._args.dp_size), pp=(runner.pp_rank, self._args.pp_size)
-        )
+        return Recorder(folder, self._provenance, **self._settings)
 
 
 def describe_engine(server_args: Any) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """Capture inside vLLM's workers, as a worker extension. Untested on the engine: it was written from
-the source of vLLM 0.33 and is tested against stand-ins with that source's signatures.
+the source of the released vLLM 0.33.0 and is tested against stand-ins with its signatures.
 
 vLLM gives its GPU worker the class below as a base, and `collective_rpc` calls its two methods in
 every worker. Where the experts run as MegaMoE they are called with what the staging kernel gets,
@@ -54,14 +54,16 @@ class CaptureExtension:
         """Begin to record every real forward pass. Returns the folder, None on a rank whose tokens
         another rank records (tensor parallelism).
 
-        out: the capture folder; with data parallelism out/dp0, out/dp1, ..., with pipeline
-        parallelism .../pp0, ..., as each has tokens or layers of its own. provenance: added to
+        out: the capture folder. Ranks with tokens or layers of their own have folders in it: dp0,
+        dp1, ... with data parallelism, pp0, ... with pipeline parallelism, tp0, ... where vLLM
+        shards the tokens over tensor-parallel ranks, as it does for MegaMoE. provenance: added to
         what the engine says of itself; give the text's source and licence. settings: layers,
-        tokens, keep, seed, max_bytes, shard_bytes of Recorder. A folder of the same model and
-        settings is appended to.
+        tokens, keep, seed, max_bytes, shard_bytes of Recorder, for each folder. A folder of the
+        same model and settings is appended to.
 
-        Raises: ValueError for an engine that does not run eagerly, splits a batch in two, or has
-        no layer with an `ffn`; RuntimeError if a capture is under way; what Recorder raises.
+        Raises: ValueError for an engine that does not run eagerly or splits its passes, a model
+        without a layer with an `ffn`, or routing that `route` cannot recompute; RuntimeError if a
+        capture is under way; what Recorder raises.
         """
         if self._nvfp4lab_capture is not None:
             raise RuntimeError("start_capture: a capture is under way, finish_capture ends it")
@@ -76,6 +78,11 @@ class CaptureExtension:
             raise RuntimeError("finish_capture: no capture is under way")
         self._nvfp4lab_capture = None
         return capture.finish()
+
+    def destroy_worker_extension(self) -> None:
+        """Finish a capture that is under way; vLLM calls this when the worker shuts down."""
+        if self._nvfp4lab_capture is not None:
+            self.finish_capture()
 
 
 class _Capture:
@@ -94,21 +101,26 @@ class _Capture:
         }
         if not moes:
             raise ValueError(f"expected layers with .ffn in {type(model).__name__}, found none")
+        staged = all(is_staged(moe) for moe in moes.values())
+        for moe in moes.values():
+            if not is_staged(moe):
+                _require_routable(moe)
+        sharded = any(getattr(moe, "use_sequence_parallel", False) for moe in moes.values())
         pp_rank, tp_rank = divmod(worker.rank, parallel.tensor_parallel_size)
         pp_size = parallel.pipeline_parallel_size
+        self._shard = (tp_rank, parallel.tensor_parallel_size) if sharded else (0, 1)
         self.folder = folder_of_rank(
             out,
             dp=(parallel.data_parallel_rank, parallel.data_parallel_size),
             pp=(pp_rank % pp_size, pp_size),
+            tp=self._shard,
         )
         self.recorder: Recorder | None = None
         self._runner = worker.model_runner
         self._scheduled = 0  # tokens of the real pass under way; 0 in a profile or dummy run
-        self._input_ids: torch.Tensor | None = None
         self._hooks: list[Any] = []
-        if tp_rank:
+        if tp_rank and not sharded:
             return
-        staged = any(moe.use_mega_moe for moe in moes.values())  # pyright: ignore[reportGeneralTypeIssues]
         about = describe_engine(worker.vllm_config, staged) | provenance
         self.recorder = Recorder(self.folder, about, **settings)
         self._hooks = [
@@ -116,11 +128,9 @@ class _Capture:
             model.register_forward_hook(self._end),
         ]
         for layer, moe in moes.items():
-            if moe.use_mega_moe:
-                hook, module = self._take_experts(layer), moe.experts
-            else:
-                hook, module = self._take_moe(layer), moe
-            self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))  # pyright: ignore
+            module: Any = moe.experts if is_staged(moe) else moe
+            hook = self._take_experts(layer) if is_staged(moe) else self._take_moe(layer)
+            self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self._runner.execute_model = self._execute_model(self._runner.execute_model)
 
     def finish(self) -> int:
@@ -158,7 +168,8 @@ class _Capture:
             return
         given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
         positions = given["positions"]
-        self._recorder.begin(positions, torch.arange(len(positions)) < self._scheduled)
+        valid = torch.arange(len(positions)) < self._scheduled
+        self._recorder.begin(_shard(positions, *self._shard), _shard(valid, *self._shard))
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         if self._recorder.recording:
@@ -184,6 +195,11 @@ class _Capture:
         return take
 
 
+def is_staged(moe: Any) -> bool:
+    """Whether the experts are called with ids and weights, as MegaMoE's are, or route inside."""
+    return "topk_ids" in inspect.signature(moe.experts.forward).parameters
+
+
 @torch.no_grad()
 def route(
     moe: Any, hidden: torch.Tensor, input_ids: torch.Tensor | None
@@ -193,8 +209,6 @@ def route(
     In float32 throughout. Where two experts score within the rounding of the engine's own gate,
     the engine may have chosen the other.
     """
-    if moe.scoring_func != "sqrtsoftplus":
-        raise ValueError(f"expected sqrtsoftplus routing, got {moe.scoring_func!r}")
     gate = moe.gate
     scores = softplus(hidden.float() @ gate.weight.float().T).sqrt()
     if gate.tid2eid is not None:
@@ -209,6 +223,19 @@ def route(
     if moe.renormalize:
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
     return ids, weights * moe.routed_scaling_factor
+
+
+def _require_routable(moe: Any) -> None:
+    if moe.scoring_func != "sqrtsoftplus":
+        raise ValueError(f"expected sqrtsoftplus routing, got {moe.scoring_func!r}")
+    if getattr(moe.gate, "bias_vl", None) is not None:
+        raise ValueError("expected a text model: the routing of image tokens is not recomputed")
+
+
+def _shard(rows: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """This rank's rows when vLLM shards a pass: padded by zeros to equal parts, in order."""
+    each = -(-len(rows) // size)
+    return nn.functional.pad(rows, (0, each * size - len(rows)))[rank * each : (rank + 1) * each]
 
 
 def describe_engine(config: Any, staged: bool) -> dict[str, Any]:
@@ -231,7 +258,10 @@ def describe_engine(config: Any, staged: bool) -> dict[str, Any]:
 
 
 def _require_plain_passes(config: Any) -> None:
+    parallel = config.parallel_config
     if not config.model_config.enforce_eager:
         raise ValueError("expected enforce_eager=True: replayed CUDA graphs call no hook")
-    if getattr(config.parallel_config, "enable_dbo", False):
-        raise ValueError("expected enable_dbo=False: a batch that is split in two is no pass")
+    if parallel.use_ubatching:
+        raise ValueError("expected no dual batch overlap: a batch that is split is no pass")
+    if parallel.prefill_context_parallel_size > 1:
+        raise ValueError("expected no prefill context parallelism: it reorders the tokens")
