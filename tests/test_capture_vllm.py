@@ -174,6 +174,12 @@ def test_another_model_is_refused(tmp_path, monkeypatch):
         worker.start_capture(str(tmp_path / "v4"))
 
 
+def test_layers_that_the_model_lacks_are_refused(tmp_path):
+    worker = stubs.vllm_worker(CaptureExtension)
+    with pytest.raises(ValueError, match=r"no layer \[99\], expected some of \[0, 1, 2\]"):
+        worker.start_capture(str(tmp_path / "v4"), layers=[1, 99])
+
+
 def test_start_and_finish_come_in_turns(tmp_path):
     worker = stubs.vllm_worker(CaptureExtension)
     with pytest.raises(RuntimeError, match="no capture is under way"):

@@ -62,8 +62,8 @@ class CaptureExtension:
         same model and settings is appended to.
 
         Raises: ValueError for an engine that does not run eagerly or splits its passes, a model
-        without a layer with an `ffn`, or routing that `route` cannot recompute; RuntimeError if a
-        capture is under way; what Recorder raises.
+        without a layer with an `ffn` or without one of `layers`, or routing that `route` cannot
+        recompute; RuntimeError if a capture is under way; what Recorder raises.
         """
         if self._nvfp4lab_capture is not None:
             raise RuntimeError("start_capture: a capture is under way, finish_capture ends it")
@@ -108,6 +108,9 @@ class _Capture:
         sharded = any(getattr(moe, "use_sequence_parallel", False) for moe in moes.values())
         pp_rank, tp_rank = divmod(worker.rank, parallel.tensor_parallel_size)
         pp_size = parallel.pipeline_parallel_size
+        unknown = sorted(set(settings.get("layers") or ()) - moes.keys())
+        if unknown and pp_size == 1:  # else another rank may have them
+            raise ValueError(f"the model has no layer {unknown}, expected some of {sorted(moes)}")
         self._shard = (tp_rank, parallel.tensor_parallel_size) if sharded else (0, 1)
         self.folder = folder_of_rank(
             out,
