@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -199,19 +200,25 @@ def add_capture(commands: argparse._SubParsersAction) -> None:
         help='.jsonl with "text" or "messages" in each line, or text with a prompt in each line',
     )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="capture folder")
-    command.add_argument("--tokens", type=int, metavar="N", help="stop after N recorded tokens")
+    command.add_argument("--tokens", type=_count, metavar="N", help="stop after N recorded tokens")
     command.add_argument(
         "--layers", type=_layer_numbers, metavar="LIST", help="only these: 0,3,10-20 (default: all)"
     )
     command.add_argument(
-        "--keep", type=float, default=1.0, metavar="SHARE", help="share of tokens kept (default: 1)"
+        "--keep",
+        type=_share,
+        default=1.0,
+        metavar="SHARE",
+        help="share of tokens kept (default: 1)",
     )
     command.add_argument("--seed", type=int, default=0, help="of that choice (default: 0)")
-    command.add_argument("--max-gb", type=float, metavar="GB", help="byte budget of the records")
-    command.add_argument("--batch", type=int, default=1, help="prompts a pass (default: 1)")
+    command.add_argument(
+        "--max-gb", type=_positive, metavar="GB", help="byte budget of the records"
+    )
+    command.add_argument("--batch", type=_count, default=1, help="prompts a pass (default: 1)")
     command.add_argument(
         "--max-length",
-        type=int,
+        type=_count,
         default=2048,
         help="tokens a prompt, then it is cut (default: 2048)",
     )
@@ -239,13 +246,19 @@ def run_capture(args: argparse.Namespace) -> int:
     from nvfp4lab import capture, records
     from nvfp4lab.capture import prompts
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, revision=args.revision)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        args.model,
-        revision=args.revision,
-        dtype=args.dtype,
-        device_map="auto" if torch.cuda.is_available() else None,
-    ).eval()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, revision=args.revision)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            args.model,
+            revision=args.revision,
+            dtype=args.dtype,
+            device_map="auto" if torch.cuda.is_available() else None,
+        ).eval()
+    except (OSError, ValueError) as error:
+        raise CommandError(
+            f"{args.model} cannot be loaded, expected the folder or the name of a transformers "
+            f"model: {error}"
+        ) from error
     provenance = {
         "text": args.source or args.prompts.name,
         "text_licence": args.licence,
@@ -292,9 +305,32 @@ def _layer_numbers(text: str) -> list[int]:
     """0,3,10-12 -> 0, 3, 10, 11, 12."""
     numbers = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        found = match and range(int(match[1]), int(match[2] or match[1]) + 1)
+        if not found:
+            raise argparse.ArgumentTypeError(f"expected layers such as 0,3,10-20, got {text!r}")
+        numbers += found
     return numbers
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+
+
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a share in (0, 1], got {text!r}")
 
 
 COMMANDS = (add_study, add_capture)

@@ -406,3 +406,27 @@ def test_a_json_prompt_without_text_is_named(tmp_path, saved_v4):
 @pytest.mark.parametrize(("text", "want"), [("3", [3]), ("0,2-4,9", [0, 2, 3, 4, 9])])
 def test_layers_are_numbers_and_ranges(text, want):
     assert cli._layer_numbers(text) == want
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "x"], "expected layers such as 0,3,10-20, got 'x'"),
+        (["--layers", "20-10"], "expected layers such as 0,3,10-20, got '20-10'"),
+        (["--layers=-3"], "expected layers such as 0,3,10-20, got '-3'"),
+        (["--tokens", "0"], "expected a whole number of 1 or more, got '0'"),
+        (["--keep", "2"], "expected a share in (0, 1], got '2'"),
+        (["--max-gb", "nan"], "expected a number above 0, got 'nan'"),
+    ],
+)
+def test_numbers_are_checked_before_the_model_is_loaded(tmp_path, capsys, arguments, message):
+    command = ["capture", "no such model", "--prompts", str(tmp_path / "none"), "--out", "o"]
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*command, *arguments])
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error_without_a_traceback(tmp_path, prompts, capsys):
+    command = ["capture", str(tmp_path / "none"), "--prompts", str(prompts), "--out", "o"]
+    assert cli.main(command) == 2
+    assert "none cannot be loaded, expected the folder or the name" in capsys.readouterr().err
