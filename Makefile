@@ -6,7 +6,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup study test lint clean
+PEERS  := .venv-peers
+
+.PHONY: help setup study test lint conformance clean
 .DELETE_ON_ERROR:
 
 help:
@@ -14,6 +16,7 @@ help:
 	@echo "make study   run every notebook into build/study/*.html"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and pyright"
+	@echo "make conformance   hold the recipes against the installed peers (minutes, its own $(PEERS))"
 	@echo "make clean   remove .venv, build and caches"
 	@echo "make clean setup PYTHON=python3.12   with another interpreter (3.11 or later)"
 
@@ -30,8 +33,23 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
+# fouroversix builds CUDA code unless told not to; ggml's quantizer is compiled from the sources that
+# llama-cpp-python carries, so `cc` is needed. The peers' environment holds nothing of ours but torch.
+conformance:
+	@"$(PYTHON)" -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy safetensors pandas
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-peers.txt
+	@SKIP_CUDA_BUILD=1 FORCE_BUILD=1 $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --no-build-isolation --no-deps fouroversix==1.0.5
+	@test -f $(PEERS)/libggml.so || { cd $(PEERS) && \
+	    bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: llama-cpp-python==0.3.36 && \
+	    tar xzf llama_cpp_python-0.3.36.tar.gz --wildcards '*/vendor/llama.cpp/ggml/*' && \
+	    cd llama_cpp_python-0.3.36/vendor/llama.cpp/ggml && \
+	    cc -O2 -fPIC -shared -ffp-contract=off -Iinclude -Isrc -o ../../../../libggml.so src/ggml-quants.c -lm; }
+	@NVFP4LAB_GGML="$(CURDIR)/$(PEERS)/libggml.so" PYTHONPATH=. $(PEERS)/bin/python tests/conformance/run.py
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .ruff_cache
 
 # .ready is written last and holds the checkout's folder. Newer pins are installed into the .venv
 # that is there; one that is half made, came along in a moved checkout, or has lost its

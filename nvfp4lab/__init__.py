@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nvfp4lab.catalogue import recipe as recipe
+    from nvfp4lab.catalogue import recipes as recipes
     from nvfp4lab.codec import quantize as quantize
     from nvfp4lab.controls import control as control
     from nvfp4lab.errors import measure as measure
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
     from nvfp4lab.records import expert_weights as expert_weights
     from nvfp4lab.records import load_activations as load_activations
     from nvfp4lab.rules import Recipe as Recipe
-    from nvfp4lab.rules import recipe as recipe
-    from nvfp4lab.rules import recipes as recipes
     from nvfp4lab.staging import stage as stage
     from nvfp4lab.staging import stage_mega_moe_inputs as stage_mega_moe_inputs
 
@@ -38,13 +38,14 @@ _HOME = {
     "expert_weights": "records",
     "load_activations": "records",
     "Recipe": "rules",
-    "recipe": "rules",
-    "recipes": "rules",
+    "recipe": "catalogue",
+    "recipes": "catalogue",
     "stage": "staging",
     "stage_mega_moe_inputs": "staging",
 }
 _MODULES = (
     "capture",
+    "catalogue",
     "codec",
     "controls",
     "errors",

@@ -16,9 +16,17 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-Rounding = Literal["ties-to-even", "ties-away", "ties-to-zero", "stochastic", "up", "down"]
-Subnormals = Literal["gradual", "flush", "implicit-bit-lost", "exponent-wraps"]
-Overflow = Literal["saturate", "nan", "mantissa-kept"]
+Rounding = Literal[
+    "ties-to-even",
+    "ties-away",
+    "ties-to-zero",
+    "stochastic",
+    "up",
+    "down",
+    "up-from-three-quarters",
+]
+Subnormals = Literal["gradual", "flush", "capped", "implicit-bit-lost", "exponent-wraps"]
+Overflow = Literal["saturate", "nan", "mantissa-kept", "top binade"]
 
 
 class CodeClass(enum.IntEnum):
@@ -89,10 +97,13 @@ class Format:
     ) -> torch.Tensor:
         """The code of each value, rounded once: float32 of any shape -> uint8 of that shape.
 
-        `up` and `down` are directed (towards +Inf, -Inf); the `ties-` roundings are to nearest.
+        `up` and `down` are directed (towards +Inf, -Inf); the `ties-` roundings are to nearest;
+        `up-from-three-quarters` takes the next magnitude from 3/4 of the way to it.
         Values beyond the largest finite one saturate, become the NaN code (`nan`), or keep their
         mantissa under the largest exponent (`mantissa-kept`); two's complement saturates at +-max.
-        `subnormals`: rounded gradually; `flush`ed to zero; `implicit-bit-lost`, exponent field 0
+        Under `top binade` all that round into the largest exponent field become the largest value.
+        `subnormals`: rounded gradually; `flush`ed to zero; `capped` at the largest subnormal, which
+        float32(x / smallest + 1/2) counts; `implicit-bit-lost`, exponent field 0
         with the mantissa of the normal that the value would be; `exponent-wraps`, the same just
         below the normals and the largest exponent field below that, as unsigned arithmetic gives.
         NaN becomes the NaN code, or +max where there is none (as PTX's cvt does). The sign of -0
@@ -113,6 +124,9 @@ class Format:
         elif overflow == "mantissa-kept":
             top = self.magnitudes[-1 << self.mantissa_bits]
             index = index.where(magnitude < top, self._top_binade(magnitude, rounding))
+        elif overflow == "top binade":
+            first = len(self.magnitudes) - (1 << self.mantissa_bits)
+            index = index.where(index < first, self.code_of_max)
         nan = self.code_of_max if self.nan_code is None else self.nan_code
         index = index.where(x == x, nan)
         match self.negative:
@@ -149,7 +163,10 @@ class Format:
             raise ValueError(f"overflow='nan' needs a NaN code; {self.name} has none")
         if generator is not None and rounding != "stochastic":
             raise ValueError(f"a generator is for rounding='stochastic', got {rounding!r}")
-        by_fields = overflow == "mantissa-kept" or subnormals not in ("gradual", "flush")
+        by_fields = overflow in ("mantissa-kept", "top binade") or subnormals not in (
+            "gradual",
+            "flush",
+        )
         if by_fields and rounding == "stochastic":
             raise ValueError("an encoder that rounds the mantissa alone does not do so at random")
 
@@ -175,6 +192,9 @@ class Format:
     def _below_normals(self, magnitude, index, rounding, subnormals) -> torch.Tensor:
         if subnormals == "flush":
             return index.where(self.class_of(index.to(torch.uint8)) != CodeClass.SUBNORMAL, 0)
+        if subnormals == "capped":
+            steps = (magnitude / self.magnitudes[1] + 0.5).clamp(max=(1 << self.mantissa_bits) - 1)
+            return index.where(magnitude >= self.smallest_normal, steps.floor().to(index.dtype))
         index = index.where(magnitude >= self.smallest_normal, self._mantissa(magnitude, rounding))
         if subnormals == "exponent-wraps":
             wrapped = self._top_binade(magnitude, rounding)
@@ -232,6 +252,8 @@ def _threshold_table(fmt: Format, rounding: str) -> np.ndarray:
             tie_steps = index >= 0
         case "ties-to-zero":
             tie_steps = index < 0
+        case "up-from-three-quarters":
+            return np.nextafter(_as_float32((low + 3 * high) / 4), np.float32(-np.inf))
         case _:
             raise AssertionError(rounding)
     middle = _as_float32((low + high) / 2)

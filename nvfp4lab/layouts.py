@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 TILE_ROWS, TILE_COLUMNS = 128, 4
+GGUF_BLOCK, GGUF_SUBBLOCK = 64, 16
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
@@ -99,3 +100,35 @@ def from_mn_major(words: torch.Tensor, rows: int) -> torch.Tensor:
         )
     padded = words.reshape(-1, high, 32, 4).permute(1, 3, 2, 0)
     return from_words(padded.reshape(high * TILE_ROWS, -1)[:rows])
+
+
+def to_gguf(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """llama.cpp's superblocks: uint8 codes (T, K // 2), scales (T, K // 16) -> (T, K // 16 * 9).
+
+    64 elements to 36 bytes: the four scales, then 8 bytes for each 16 elements, of which byte j
+    holds element j in its low and element j + 8 in its high nibble.
+
+    Raises: ValueError if K is not a multiple of 64.
+    """
+    rows, width = codes.shape[0], codes.shape[1] * 2
+    if width % GGUF_BLOCK:
+        raise ValueError(f"superblocks hold {GGUF_BLOCK} elements; got rows of {width}")
+    elements = unpack_nibbles(codes).view(rows, -1, 4, 2, GGUF_SUBBLOCK // 2)
+    packed = (elements[:, :, :, 0] | elements[:, :, :, 1] << 4).flatten(2)
+    return torch.cat([scales.reshape(rows, -1, 4), packed], -1).flatten(1)
+
+
+def from_gguf(blocks: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `to_gguf`: bytes of any shape -> codes (rows, width // 2), scales.
+
+    Raises: ValueError if the number of bytes is not that of the superblocks.
+    """
+    expected = rows * width // GGUF_BLOCK * 36
+    if width % GGUF_BLOCK or blocks.numel() != expected:
+        raise ValueError(
+            f"superblocks for {rows} x {width} elements have {expected} bytes; got {blocks.numel()}"
+        )
+    parts = blocks.reshape(rows, width // GGUF_BLOCK, 36)
+    packed = parts[:, :, 4:].reshape(rows, -1, 4, GGUF_SUBBLOCK // 2)
+    elements = torch.stack([packed & 0xF, packed >> 4], dim=3).reshape(rows, width)
+    return pack_nibbles(elements), parts[:, :, :4].reshape(rows, -1).contiguous()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nvfp4lab import layouts, rules
+from nvfp4lab import catalogue, layouts
 from nvfp4lab.rules import Recipe
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -127,7 +127,7 @@ class Quantized:
 
         Raises: TypeError for a dtype, ValueError for a shape, layout or convention that is off.
         """
-        recipe = rules.recipe(recipe)
+        recipe = catalogue.recipe(recipe)
         if layout not in SCALE_LAYOUTS:
             raise ValueError(f"unknown scale layout {layout!r}; known: {', '.join(SCALE_LAYOUTS)}")
         if outer_is not in ("decode", "encode"):

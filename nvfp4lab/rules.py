@@ -1,23 +1,52 @@
-"""Recipes: every numeric decision of a quantizer, named; and the recipes that have a name.
+"""Recipes as data: every numeric decision of a quantizer, named.
 
-A `Recipe` is data. `codec` carries it out, `staging` knows which ones have a kernel. The defaults
-of the parts below are the decisions of `nvfp4`, so that every other recipe shows just where it
-differs. To add one, add it to `_RECIPES` at the end of this file; to allow a new choice within a
-decision, add it to that decision's Literal here and to its one place in `codec` or `formats`.
+A `Recipe` is data: `catalogue` has those with a name, `codec` carries them out, `staging` knows
+which ones have a kernel. The defaults of the parts below are the decisions of `nvfp4`, so that
+every other recipe shows just where it differs. To allow a new choice within a decision, add it to
+that decision's Literal here and to its one place in `codec` or `formats`.
+
+In formulas d is the largest element, g the outer scale that decodes and G the one that encodes
+(each is float32(1 / the other); both are 1 where there is none), s the value of the block's scale
+code. Each operation is one float32 rounding, read as written.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
 
 from nvfp4lab.formats import E2M1, E4M3, Format, Overflow, Rounding, Subnormals
 
-ScaleFormula = Literal["amax / d / g"]
-ElementFormula = Literal["x / (s * g)", "x * (1 / (s * g))"]
-OuterFormula = Literal["amax / n"]
+FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
+
+ScaleFormula = Literal[
+    "amax / d / g",
+    "amax / (d * g)",
+    "amax * (1 / d)",  # where there is no outer scale, or it has divided the input
+    "amax / d * G",
+    "G * amax / d",
+    "G * (amax * (1 / d))",
+    "amax * (G * (1 / d))",
+]
+ElementFormula = Literal[
+    "x / (s * g)",
+    "x * (1 / (s * g))",
+    "x * min(1 / (s * g), FLOAT32_MAX)",
+    "x * (G / s)",
+    "x / (s / G)",
+    "x * G / s",
+    "x / s * G",
+    "x",  # not divided: the code of the value * s that is the least distance away
+]
+OuterFormula = Literal[
+    "g = amax / n",
+    "g = amax * (1 / n)",
+    "G = n / amax",
+    "G = (1 / amax) * n",
+]
+ElementRounding = Literal[Rounding, "least distance"]
+Precision = Literal["float32", "input's"]
 
 
 @dataclass(frozen=True)
@@ -25,62 +54,82 @@ class _Part:
     """Refuses a choice that its decision does not have."""
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            choices, given = get_args(hint), getattr(self, name)
-            if choices and isinstance(choices[0], str) and given not in choices:
+        for name, choices in self.choices().items():
+            if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{type(self).__name__}.{name}={given!r}; expected one of {choices}"
+                    f"{type(self).__name__}.{name}={getattr(self, name)!r}; "
+                    f"expected one of {choices}"
                 )
+
+    @classmethod
+    def choices(cls) -> dict[str, tuple[str, ...]]:
+        """The choices of each decision that is one of a few names."""
+        hints = {name: get_args(hint) for name, hint in get_type_hints(cls).items()}
+        return {name: args for name, args in hints.items() if args and isinstance(args[0], str)}
 
 
 @dataclass(frozen=True)
 class Scale(_Part):
-    """How a block's scale comes from its amax, and how it is stored.
-
-    Formulas are read left to right, each operation one float32 rounding; d is the divisor, g the
-    outer scale (1 where there is none, or where it has already divided the input).
-    """
+    """How a block's scale comes from its amax, and how it is stored."""
 
     format: Format | None = E4M3  # None: float32, not encoded
     block: int = 16  # elements that share a scale
     divisor: float = 6.0  # d, the largest element
     formula: ScaleFormula = "amax / d / g"
+    precision: Precision = "float32"  # of the quotient amax / d
     amax_floor: float = 0.0  # amax is raised to this first
+    factor: float = 1.0  # multiplies the formula's result
+    of_raw_zero: float = 0.0  # the unrounded scale where the formula gives 0
     floor: float = 0.0  # the unrounded scale is raised to this
     rounding: Rounding = "ties-to-even"
     subnormals: Subnormals = "gradual"
     overflow: Overflow = "saturate"
+    of_zero: float = 0.0  # stored in place of a scale that was rounded to 0
 
 
 @dataclass(frozen=True)
 class Elements(_Part):
-    """How an element x becomes a code, given its block's scale s and the outer scale g."""
+    """How an element x becomes a code, given its block's scale s and the outer scale."""
 
     format: Format = E2M1
     formula: ElementFormula = "x / (s * g)"
-    scale_read: Literal["decoded", "encoder's"] = "decoded"  # s: what a consumer decodes, or the
-    # number that the encoder had in hand, which for a NaN code is not NaN
-    rounding: Rounding = "ties-to-even"
-    zero_sign: Literal["kept", "from nonzero", "dropped"] = "kept"  # the sign of an element with
-    # code zero: x's own, x's own unless the quotient is zero, none
+    precision: Precision = "float32"  # of the quotient x / s
+    scale_read: Literal["decoded", "encoder's", "unrounded", "subnormals as normals"] = "decoded"
+    # s: what a consumer decodes; the number that the encoder had in hand, which for a NaN code is
+    # not NaN; the scale before it was rounded; a subnormal code with an implicit bit and field 1
+    rounding: ElementRounding = "ties-to-even"
+    # least distance: the first code whose float32 distance from the quotient is the least
+    overflow: Literal["saturate", "sign bit"] = "saturate"  # from 7 up: clamped, or carried into 8;
+    # then an infinite quotient becomes NaN
+    zero_sign: Literal["kept", "from nonzero", "dropped", "unless positive"] = "kept"  # the sign of
+    # an element with code zero: x's own, x's own unless the quotient is zero, none, - unless x > 0
 
 
 @dataclass(frozen=True)
 class Outer(_Part):
-    """The float32 scale above the block scales: g = formula(amax of a token or of the tensor).
-
-    For amax a NaN is skipped and Inf counts as the largest finite BF16.
-    """
+    """The float32 scale above the block scales, from the amax of a token or of the tensor."""
 
     per: Literal["token", "tensor"]
-    formula: OuterFormula = "amax / n"
+    formula: OuterFormula = "g = amax / n"
     range: float = 6.0 * 448.0  # n, the largest magnitude that a code and a scale express
+    precision: Precision = "float32"  # of each operation
+    amax_floor: float | Literal["smallest normal"] = (
+        0.0  # the smallest normal: of the input's dtype
+    )
     rounding: Literal["none", "up to a power of two"] = "none"
     floor: float = 0.0
     ceiling: float = math.inf
-    of_zero: float = 1.0  # g where amax is 0
-    divides: Literal["input", "scale"] = "scale"  # x := x / g before all else, or g in the formulas
-    stored: Literal["decode", "encode"] = "decode"  # g multiplies the decoded value, or divides it
+    of_zero: float | None = 1.0  # where amax is 0; None: what the formula gives
+    of_inf: float | None = None  # where amax is Inf
+    of_nonfinite: float | None = None  # where the formula gives NaN or Inf
+    nan_in_amax: Literal["ignored", "propagates"] = "ignored"
+    inf_in_amax: Literal["the largest BF16", "kept"] = "the largest BF16"
+    divides: Literal["input", "scale"] = "scale"  # x := x / g before all else, or in the formulas
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the formula gives G, of which g is the reciprocal, or g."""
+        return self.formula.startswith("G")
 
 
 @dataclass(frozen=True)
@@ -88,8 +137,29 @@ class Specials(_Part):
     """What is done where arithmetic alone does not decide."""
 
     nan_in_amax: Literal["propagates", "ignored"] = "propagates"  # to the scale and so the block
+    nan_scale_code: int | None = None  # where amax is NaN; None: the format's own
+    outer_nan_scale_code: int | None = None  # where only the outer scale is NaN
+    invalid_scale_code: int | None = None  # where the formula makes a NaN of numbers; None: as 0
     nan_code: int = 0x7  # of an element whose quotient is NaN
+    nan_scale_nan_code: int | None = None  # that code where the NaN comes from the scale's code
+    nan_sign: Literal["none", "x86"] = "none"  # x86: bit 3 is set where the NaN has its sign bit
+    # set, as the x86 leaves it: x's own, and - where numbers alone made the NaN
     zero_divisor: float = math.inf  # stands for s * g where that is 0; Inf gives codes +-0
+    zero_scale: Literal["divides", "codes +0"] = "divides"  # what the elements of a zero scale get
+    inf_over_inf: Literal["Inf", "NaN"] = "Inf"
+
+
+@dataclass(frozen=True)
+class Search(_Part):
+    """Several scales are tried on a block and the one with the smallest error is kept.
+
+    Ties go to the candidate that comes first. Errors are those of the decoded block against x.
+    """
+
+    factors: tuple[float, ...] | None  # of the unrounded scale; None: every finite scale code
+    criterion: Literal["mse", "mae", "max"] = "mse"
+    decoding: Literal["v * s * g", "v * s * amax / n"] = "v * s * g"  # amax: of the outer scale
+    precision: Literal["float32", "float64"] = "float32"  # of the error and of its sum
 
 
 @dataclass(frozen=True)
@@ -103,11 +173,12 @@ class Recipe:
     elements: Elements = Elements()
     outer: Outer | None = None
     specials: Specials = Specials()
+    search: Search | None = None
 
     def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
         """The decisions in which two recipes differ: {"scale.rounding": (own, other's)}."""
         found = {}
-        for part in ("scale", "elements", "outer", "specials"):
+        for part in ("scale", "elements", "outer", "specials", "search"):
             mine, theirs = getattr(self, part), getattr(other, part)
             if mine is None or theirs is None:
                 if mine != theirs:
@@ -118,96 +189,3 @@ class Recipe:
                 if pair[0] != pair[1]:
                     found[f"{part}.{decision.name}"] = pair
         return found
-
-
-def recipes() -> tuple[str, ...]:
-    """The names that `recipe` knows.
-
-    >>> recipes()[0]
-    'nvfp4'
-    """
-    return tuple(_RECIPES)
-
-
-def recipe(name: str | Recipe) -> Recipe:
-    """The recipe of that name; a `Recipe` is given back as it is.
-
-    Raises: ValueError for an unknown name (with the nearest ones), TypeError for anything else.
-
-    >>> recipe("nvfp4-token").outer.per
-    'token'
-    """
-    if isinstance(name, Recipe):
-        return name
-    if not isinstance(name, str):
-        raise TypeError(f"a recipe is a name or a Recipe, got {type(name).__name__}")
-    if name not in _RECIPES:
-        near = difflib.get_close_matches(name, _RECIPES, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_RECIPES)}"
-        raise ValueError(f"unknown recipe {name!r}; {hint}")
-    return _RECIPES[name]
-
-
-NVFP4 = Recipe(
-    "nvfp4",
-    "Divides by the decoded scale as if exactly; no outer scale, gradual subnormal scales.",
-    "This package; element rounding as PTX cvt.rn.satfinite.e2m1x2.",
-)
-
-SEED = Recipe(
-    "seed",
-    "The user's kernel bit for bit, faults kept: an unsigned exponent that wraps below 2**-7.",
-    "nvfp4lab/kernels/seed.py",
-    Scale(
-        amax_floor=1e-4,
-        rounding="ties-away",
-        subnormals="exponent-wraps",
-        overflow="mantissa-kept",
-    ),
-    Elements(
-        formula="x * (1 / (s * g))",
-        scale_read="encoder's",
-        rounding="ties-away",
-        zero_sign="from nonzero",
-    ),
-    specials=Specials(nan_in_amax="ignored", nan_code=0xF, zero_divisor=1e-6),
-)
-
-_RECIPES = {
-    r.name: r
-    for r in (
-        NVFP4,
-        replace(
-            NVFP4,
-            name="nvfp4-token",
-            summary="A power of two for each token keeps block scales in range and x / g exact.",
-            outer=Outer(
-                per="token",
-                rounding="up to a power of two",
-                floor=2.0**-100,
-                ceiling=2.0**117,
-                divides="input",
-            ),
-        ),
-        replace(
-            NVFP4,
-            name="nvfp4-tensor",
-            summary="One outer scale amax / 2688 for the tensor, or a calibrated one.",
-            outer=Outer(per="tensor"),
-        ),
-        replace(
-            NVFP4,
-            name="nvfp4-exact-scale",
-            summary="amax / 6 kept in float32: the error of E2M1 alone, the theory's baseline.",
-            scale=Scale(format=None),
-        ),
-        SEED,
-        replace(
-            SEED,
-            name="seed-as-meant",
-            summary="The user's kernel with a signed exponent; its other faults kept.",
-            source="nvfp4lab/kernels/seed.py, read as it was meant",
-            scale=replace(SEED.scale, subnormals="implicit-bit-lost"),
-        ),
-    )
-}

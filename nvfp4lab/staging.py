@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nvfp4lab import layouts, rules
+from nvfp4lab import catalogue, layouts
 from nvfp4lab.codec import quantize
 from nvfp4lab.quantized import Quantized
 from nvfp4lab.rules import Recipe
@@ -252,8 +252,8 @@ _OPTIONAL = ("x_scales", "is_padding")
 
 
 def _stageable(recipe: str | Recipe) -> Recipe:
-    recipe = rules.recipe(recipe)
-    if recipe.name not in _LAUNCHERS or recipe != rules.recipe(recipe.name):
+    recipe = catalogue.recipe(recipe)
+    if recipe.name not in _LAUNCHERS or recipe != catalogue.recipe(recipe.name):
         raise ValueError(
             f"recipe {recipe.name!r} has no staging kernel; stageable: {', '.join(_LAUNCHERS)}. "
             "nvfp4lab.quantize takes any recipe"

@@ -14,7 +14,9 @@ def gaussian(*shape: int, seed: int = 0, sigma: float = 1.0) -> torch.Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * sigma).bfloat16()
 
 
-@pytest.mark.parametrize("recipe", nv.recipes())
+@pytest.mark.parametrize(
+    "recipe", [n for n in nv.recipes() if nv.recipe(n).elements.rounding != "stochastic"]
+)
 def test_measures_equal_their_definitions(recipe):
     x = gaussian(40, 96, seed=1)
     q = nv.quantize(x, recipe)

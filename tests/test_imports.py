@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "nvfp4lab"
 LAYERS = (
     {"kernels", "records", "runs", "publish", "formats"},
     {"capture", "controls", "rules", "layouts"},
+    {"catalogue"},
     {"quantized"},
     {"codec"},
     {"staging", "errors"},

@@ -2,55 +2,79 @@
 
 import pickle
 from dataclasses import FrozenInstanceError, fields, replace
-from typing import get_args
 
 import pytest
+import torch
 
-from nvfp4lab import codec, rules
-from nvfp4lab.rules import Elements, Outer, Recipe, Scale, Specials
+from nvfp4lab import catalogue, codec
+from nvfp4lab.rules import Elements, Outer, Recipe, Scale, Search, Specials
 
-LANDED = (
+NAMES = [
     "nvfp4",
-    "seed",
-    "seed-as-meant",
     "nvfp4-token",
     "nvfp4-tensor",
     "nvfp4-exact-scale",
-)
+    "nvfp4-stochastic",
+    "nvfp4-search",
+    "nvfp4-ue5m3",
+    "cublas",
+    "nvint4",
+    "mxfp4-floor",
+    "mxfp4-ceil",
+    "mxfp4-even",
+    "mxfp8-deepseek-v4",
+    "seed",
+    "seed-as-meant",
+    "vllm-megamoe",
+    "vllm-muse",
+    "vllm-reference",
+    "sgl-megamoe",
+    "transformer-engine",
+    "torchao",
+    "modelopt",
+    "compressed-tensors",
+    "fouroversix",
+    "fouroversix-mae",
+    "fouroversix-max",
+    "fouroversix-static6",
+    "llama.cpp",
+    "mlx",
+    "fp-quant",
+]
 
 
-@pytest.mark.parametrize("name", LANDED)
-def test_recipe_is_found_by_its_name(name):
-    assert rules.recipe(name).name == name
+def test_the_names_are_a_promise():
+    assert list(catalogue.recipes()) == NAMES
+    assert all(catalogue.recipe(name).name == name for name in NAMES)
 
 
-@pytest.mark.parametrize("name", rules.recipes())
+@pytest.mark.parametrize("name", catalogue.recipes())
 def test_recipe_says_what_sets_it_apart_and_where_it_is_from(name):
-    found = rules.recipe(name)
+    found = catalogue.recipe(name)
     assert found.summary.endswith(".") and found.source
 
 
 def test_no_two_named_recipes_decide_alike():
-    named = [rules.recipe(name) for name in rules.recipes()]
+    named = [catalogue.recipe(name) for name in catalogue.recipes()]
     for i, one in enumerate(named):
         for other in named[:i]:
             assert one.differences(other), (one.name, other.name)
 
 
 def test_differences_name_the_decision_and_both_choices():
-    assert rules.recipe("seed").differences(rules.recipe("seed-as-meant")) == {
+    assert catalogue.recipe("seed").differences(catalogue.recipe("seed-as-meant")) == {
         "scale.subnormals": ("exponent-wraps", "implicit-bit-lost")
     }
 
 
 def test_unknown_name_gets_the_nearest_ones():
     with pytest.raises(ValueError, match=r"unknown recipe 'nvpf4-tokn'.*nvfp4-token"):
-        rules.recipe("nvpf4-tokn")
+        catalogue.recipe("nvpf4-tokn")
 
 
 def test_a_number_is_no_recipe():
     with pytest.raises(TypeError, match="a recipe is a name or a Recipe, got int"):
-        rules.recipe(4)  # type: ignore[arg-type]
+        catalogue.recipe(4)  # type: ignore[arg-type]
 
 
 def test_a_choice_that_a_decision_does_not_have_is_refused():
@@ -60,32 +84,48 @@ def test_a_choice_that_a_decision_does_not_have_is_refused():
 
 @pytest.mark.parametrize("part", [Scale, Elements, Outer, Specials, Recipe])
 def test_parts_are_frozen(part):
-    one = {Outer: Outer("token"), Recipe: rules.NVFP4}.get(part) or part()
+    one = {Outer: Outer("token"), Recipe: catalogue.NVFP4}.get(part) or part()
     with pytest.raises(FrozenInstanceError):
         setattr(one, fields(one)[0].name, None)
 
 
 def test_recipe_survives_a_process_boundary():
-    seed = rules.recipe("seed")
+    seed = catalogue.recipe("seed")
     assert pickle.loads(pickle.dumps(seed)) == seed
 
 
+TENSOR = catalogue.recipe("nvfp4-tensor")
+PARTS = {
+    "scale": Scale(),
+    "elements": Elements(),
+    "outer": Outer("tensor"),
+    "specials": Specials(nan_sign="x86"),
+    "search": Search((1.0, 1.5)),
+}
+
+
 @pytest.mark.parametrize(
-    ("formula", "table"),
+    ("part", "decision", "choice"),
     [
-        (rules.ScaleFormula, codec.SCALE_FORMULAS),
-        (rules.ElementFormula, codec.ELEMENT_FORMULAS),
-        (rules.OuterFormula, codec.OUTER_FORMULAS),
+        (part, decision, choice)
+        for part, default in PARTS.items()
+        for decision, choices in default.choices().items()
+        for choice in choices
     ],
 )
-def test_every_formula_that_a_recipe_may_name_is_carried_out(formula, table):
-    assert set(get_args(formula)) == set(table)
+def test_every_choice_that_a_recipe_may_make_is_carried_out(part, decision, choice):
+    """None is met by a branch that is not there: each quantizes numbers, NaN, Inf and zeros."""
+    chosen = replace(PARTS[part], **{decision: choice})
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x[0], x[1, 0], x[2, 0] = 0, float("nan"), float("inf")
+    q = codec.quantize(x, replace(TENSOR, **{part: chosen}))
+    assert q.element_codes().max() < 16 and q.dequantize().shape == x.shape
 
 
 def test_a_recipe_of_ones_own_quantizes():
-    import torch
-
-    away = replace(rules.NVFP4, elements=replace(rules.NVFP4.elements, rounding="ties-away"))
+    away = replace(
+        catalogue.NVFP4, elements=replace(catalogue.NVFP4.elements, rounding="ties-away")
+    )
     x = torch.tensor([6.0, 0.25] + [0.0] * 14)
     assert codec.quantize(x, away).codes[0].item() == 0x17  # 0.25 goes up to code 1
     assert codec.quantize(x, "nvfp4").codes[0].item() == 0x07  # and to the even code 0

@@ -18,7 +18,7 @@ from conftest import COMPILED, HAS_GPU, INTERPRETED
 from kernel_runs import bit_patterns
 
 import nvfp4lab
-from nvfp4lab import layouts, rules, staging
+from nvfp4lab import catalogue, layouts, rules, staging
 from nvfp4lab.codec import quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
@@ -143,7 +143,7 @@ def test_stage_gives_the_quantized_tensor(recipe, device):
     assert torch.equal(staged.quantized.scales.cpu(), q.scales)
     decoded, expected = staged.quantized.dequantize().cpu(), q.dequantize()
     torch.testing.assert_close(decoded, expected, rtol=0, atol=0, equal_nan=True)
-    assert staged.recipe is rules.recipe(recipe)
+    assert staged.recipe is catalogue.recipe(recipe)
 
 
 def test_a_top_k_of_outputs_that_require_grad_is_filled(device):
@@ -336,7 +336,7 @@ BAD_INPUTS = {  # case: what replaces a good argument, the error, what its messa
         ValueError, ["'nvfp4-tensor'", "stageable: nvfp4, nvfp4-token, seed", "quantize"],
     ),
     "a recipe altered under its name": (
-        {"recipe": dataclasses.replace(rules.recipe("nvfp4"), scale=rules.Scale(floor=1.0))},
+        {"recipe": dataclasses.replace(catalogue.recipe("nvfp4"), scale=rules.Scale(floor=1.0))},
         ValueError, ["'nvfp4'", "stageable", "quantize"],
     ),
     "a recipe that is no name": ({"recipe": 4}, TypeError, ["recipe", "int"]),
