@@ -207,8 +207,8 @@ _RECIPES = {
             "by source only. It gives values, not codes: NaN has none, 0x7 here",
             Scale(formula="G * (amax * (1 / d))"),
             Elements(formula="x * (1 / (s * g))", zero_sign="from nonzero"),
-            replace(_IEEE_OUTER, formula="G = n / amax"),
-            Specials(zero_divisor=1e8, invalid_scale_code=0x7F, inf_over_inf="NaN"),
+            replace(_IEEE_OUTER, formula="G = n / amax", reciprocal_of_zero=1e-8),
+            Specials(zero_divisor=1e8, invalid_scale_code=0xFF, inf_over_inf="NaN"),
         ),
         Recipe(
             "sgl-megamoe",

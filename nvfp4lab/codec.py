@@ -384,7 +384,7 @@ def outer_from_amax(amax: torch.Tensor, rule: Outer, dtype: torch.dtype) -> Oute
         scale = scale.where(~amax.isinf(), rule.of_inf)
     if rule.of_nonfinite is not None:
         scale = scale.where(scale.isfinite(), rule.of_nonfinite)
-    other = one / scale
+    other = (one / scale).where(scale != 0, rule.reciprocal_of_zero)
     return OuterScale(other, scale, amax) if rule.encodes else OuterScale(scale, other, amax)
 
 

@@ -122,6 +122,7 @@ class Outer(_Part):
     of_zero: float | None = 1.0  # where amax is 0; None: what the formula gives
     of_inf: float | None = None  # where amax is Inf
     of_nonfinite: float | None = None  # where the formula gives NaN or Inf
+    reciprocal_of_zero: float = math.inf  # g where G is 0
     nan_in_amax: Literal["ignored", "propagates"] = "ignored"
     inf_in_amax: Literal["the largest BF16", "kept"] = "the largest BF16"
     divides: Literal["input", "scale"] = "scale"  # x := x / g before all else, or in the formulas

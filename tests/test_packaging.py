@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -60,6 +61,8 @@ def imported_packages(folder: str) -> set[str]:
     """The top-level modules outside the standard library that a folder's sources import."""
     names, own = set(), {"nvfp4lab", *(path.stem for path in (ROOT / "data").glob("*.py"))}
     for path in (ROOT / folder).rglob("*.py"):
+        if path.parent.name == "conformance":  # test_the_peers_are_pinned
+            continue
         own |= {path.stem, path.parent.name}
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -67,6 +70,17 @@ def imported_packages(folder: str) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
                 names.add(node.module.split(".")[0])
     return names - own - set(sys.stdlib_module_names)
+
+
+def test_the_peers_are_pinned_as_conformance_json_says():
+    lines = (ROOT / "requirements-peers.txt").read_text(encoding="utf-8").splitlines()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    pins = {line.replace("[cpu]", "") for line in lines if "==" in line}
+    pins |= set(re.findall(r"(?:fouroversix|llama-cpp-python)==[\d.]+", makefile))
+    table = json.loads((ROOT / "data" / "conformance.json").read_text(encoding="utf-8"))
+    ran = [e["peer"] for e in table["recipes"].values() if "cases" in e]
+    ran.append(table["recipes"]["llama.cpp"]["gguf"]["peer"])
+    assert {peer.split(" of ")[-1].replace(" ", "==") for peer in ran} == pins
 
 
 def test_conda_asks_for_what_pyproject_asks_for():
