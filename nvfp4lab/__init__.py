@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from nvfp4lab.catalogue import recipes as recipes
     from nvfp4lab.codec import quantize as quantize
     from nvfp4lab.controls import control as control
+    from nvfp4lab.diagnose import compare as compare
+    from nvfp4lab.diagnose import explain_block as explain_block
     from nvfp4lab.errors import measure as measure
     from nvfp4lab.quantized import Quantized as Quantized
     from nvfp4lab.records import Activations as Activations
@@ -31,6 +33,8 @@ _HOME = {
     "Quantized": "quantized",
     "quantize": "codec",
     "control": "controls",
+    "compare": "diagnose",
+    "explain_block": "diagnose",
     "measure": "errors",
     "Activations": "records",
     "ExpertWeights": "records",
@@ -48,6 +52,7 @@ _MODULES = (
     "catalogue",
     "codec",
     "controls",
+    "diagnose",
     "errors",
     "formats",
     "layouts",

@@ -88,9 +88,7 @@ def quantize_blocks(
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 blocks [n, block] of an input of `dtype` -> codes [n, block], scales [n]."""
-    if recipe.outer is not None and recipe.outer.divides == "input":
-        one = torch.ones((), device=x.device)
-        x, outer = x / outer.decode, OuterScale(one, one, outer.amax)
+    x, outer = split_outer(x, outer, recipe)
     amax = block_amax(x, recipe)
     raw = raw_scale(amax, outer, recipe, dtype)
     if recipe.search is None:
@@ -99,6 +97,16 @@ def quantize_blocks(
     else:
         codes, stored_scale = _search(x, amax, raw, outer, recipe, dtype)
     return codes, stored_scale[:, 0]
+
+
+def split_outer(
+    x: torch.Tensor, outer: OuterScale, recipe: Recipe
+) -> tuple[torch.Tensor, OuterScale]:
+    """The input, divided by g where the recipe divides it, and the outer scale that is left."""
+    if recipe.outer is None or recipe.outer.divides != "input":
+        return x, outer
+    one = torch.ones((), device=x.device)
+    return x / outer.decode, OuterScale(one, one, outer.amax)
 
 
 def block_amax(x: torch.Tensor, recipe: Recipe) -> torch.Tensor:
@@ -176,8 +184,8 @@ def encode_elements(
 ) -> torch.Tensor:
     """Blocks x [n, block] under their stored scales [n, 1] -> codes [n, block]."""
     rule, specials = recipe.elements, recipe.specials
-    s = _divisor_scale(stored_scale, raw, recipe)
-    quotient = _quotient(x, s, outer, recipe, dtype)
+    s = divisor_scale(stored_scale, raw, recipe)
+    quotient = quotient_of(x, s, outer, recipe, dtype)
     if specials.zero_scale == "codes +0":
         quotient = quotient.where(s != 0, 0.0)
     if rule.overflow == "sign bit":
@@ -217,7 +225,7 @@ def _nan_codes(
     return code | (made | (x.isnan() & x.signbit())) * sign_mask
 
 
-def _divisor_scale(stored: torch.Tensor, raw: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+def divisor_scale(stored: torch.Tensor, raw: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """The s that the elements are divided by."""
     fmt = recipe.scale.format
     if fmt is None:
@@ -234,7 +242,7 @@ def _divisor_scale(stored: torch.Tensor, raw: torch.Tensor, recipe: Recipe) -> t
             return fmt.decode(stored).where(stored >> fmt.mantissa_bits != 0, as_normal)
 
 
-def _quotient(
+def quotient_of(
     x: torch.Tensor, s: torch.Tensor, outer: OuterScale, recipe: Recipe, dtype: torch.dtype
 ) -> torch.Tensor:
     rule, specials = recipe.elements, recipe.specials
@@ -321,7 +329,7 @@ def _block_error(
     value = elements.format.decode(codes)
     if elements.overflow == "sign bit":  # it counts as the 8 that it was meant to be
         carried = (codes == elements.format.sign_mask) & (
-            _quotient(x, fmt.decode(scale_code), outer, recipe, x.dtype).abs() >= 7.0
+            quotient_of(x, fmt.decode(scale_code), outer, recipe, x.dtype).abs() >= 7.0
         )
         value = value.where(~carried, 8.0 * x.sign())
     decoded = (value * fmt.decode(scale_code)).to(precision)

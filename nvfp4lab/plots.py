@@ -96,6 +96,29 @@ def block(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def explained_block(elements: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """One block: each element's quotient, the value that it was rounded to, and the ties.
+
+    elements: `diagnose.Explanation.elements`. The lines are the magnitudes of the element format
+    that occur as neighbours, with both signs.
+    """
+    ax = ax or plt.gca()
+    steps = sorted({*elements["below"], *elements["above"]} - {np.inf})
+    for step in steps:
+        for sign in (1, -1):
+            ax.axhline(sign * step, color=NEUTRAL, alpha=0.2, lw=0.8, zorder=0)
+    ax.vlines(elements.index, elements["quotient"], elements["value"], color=NEUTRAL, lw=1)
+    ax.scatter(elements.index, elements["quotient"], marker="x", label="x / scale", zorder=3)
+    ax.scatter(elements.index, elements["value"], marker="o", label="rounded", zorder=2)
+    tied = elements[elements["tie"]]
+    ax.scatter(tied.index, tied["quotient"], s=150, marker="s", facecolors="none",
+               edgecolors=NAN_RED, label="tie", zorder=4)  # fmt: skip
+    ax.set_xlabel(LABELS["element"])
+    ax.set_ylabel("in units of the scale")
+    ax.legend(loc="best")
+    return ax
+
+
 def _over_layers(frame: pd.DataFrame, y: str, hue: str, ax: Axes | None) -> Axes:
     ax = ax or plt.gca()
     sns.lineplot(frame, x="layer", y=y, hue=hue, style="site", markers=True, dashes=False, ax=ax)
