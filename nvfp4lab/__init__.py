@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from nvfp4lab.controls import control as control
     from nvfp4lab.diagnose import compare as compare
     from nvfp4lab.diagnose import explain_block as explain_block
+    from nvfp4lab.diagnose import identify as identify
+    from nvfp4lab.diagnose import probe as probe
     from nvfp4lab.errors import measure as measure
     from nvfp4lab.quantized import Quantized as Quantized
     from nvfp4lab.records import Activations as Activations
@@ -35,6 +37,8 @@ _HOME = {
     "control": "controls",
     "compare": "diagnose",
     "explain_block": "diagnose",
+    "identify": "diagnose",
+    "probe": "diagnose",
     "measure": "errors",
     "Activations": "records",
     "ExpertWeights": "records",

@@ -1,0 +1,305 @@
+"""identify and probe: named recipes are named, each fault that users met comes first, others are
+found decision by decision, and what cannot be told is said to be open.
+
+May be changed: faults and combinations may be added. Each test draws its input from a fixed seed.
+"""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import nvfp4lab as nv
+from nvfp4lab import catalogue, cli, layouts
+from nvfp4lab.diagnose.identification import with_choice
+from nvfp4lab.rules import Elements, Outer, Scale, Specials
+
+NVFP4, TENSOR = catalogue.NVFP4, nv.recipe("nvfp4-tensor")
+
+
+def plain(name):
+    recipe = nv.recipe(name)
+    formats = (recipe.scale.format, recipe.elements.format)
+    return (
+        formats == (nv.formats.E4M3, nv.formats.E2M1) and recipe.elements.rounding != "stochastic"
+    )
+
+
+IDENTIFIABLE = [n for n in nv.recipes() if plain(n) and n != "nvfp4-search"]
+PROBE = nv.probe()
+
+
+def activations(rows=200, width=512, seed=1):
+    """Gaussian rows over 26 binades, one zero block."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=generator)
+    x = x * torch.exp2(torch.randint(-14, 12, (rows, 1), generator=generator).float())
+    x[3, :16] = 0
+    return x.bfloat16()
+
+
+X = activations()
+
+
+def identify(q, x=X, **buffers):
+    return nv.identify(x, **({"codes": q.codes, "scales": q.scales, "outer": q.outer} | buffers))
+
+
+@pytest.mark.parametrize("name", IDENTIFIABLE)
+@pytest.mark.parametrize("x", [X, PROBE], ids=["activations", "probe"])
+def test_a_named_recipe_is_named(name, x):
+    got = identify(nv.quantize(x, name), x)
+    assert got.explained and got.recipe.name == name, str(got)
+    assert got.ranking.iloc[0][["scales", "codes"]].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", IDENTIFIABLE)
+def test_the_probe_tells_every_two_recipes_apart(name):
+    def result(other):
+        q = nv.quantize(PROBE, other)
+        return q.codes, q.scales, torch.zeros(()) if q.outer is None else q.outer
+
+    mine = result(name)
+    for other in IDENTIFIABLE:
+        same = all(
+            a.shape == b.shape and a.equal(b) for a, b in zip(mine, result(other), strict=True)
+        )
+        assert same == (name == other), other
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "cublas", "vllm-muse"])
+def test_the_probe_leaves_no_named_decision_open(name):
+    got = identify(nv.quantize(PROBE, name), PROBE)
+    asked = {
+        "scale layout", "nibble order", "outer scale", "ties of elements", "scale rounding",
+        "scale floor", "subnormal scales", "scale saturation", "divide or reciprocal",
+        "scale that divides", "sign of zero",
+    }  # fmt: skip
+    rows = got.decisions[got.decisions["decision"].isin(list(asked))]
+    assert set(rows["decision"]) == asked and set(rows["verdict"]) == {"supported"}
+    assert min(rows["blocks"].tolist()) > 0
+
+
+FAULTS = {
+    "subnormal scale byte decoded as a normal": (
+        replace(NVFP4, elements=Elements(scale_read="subnormals as normals")),
+        "subnormal scale bytes are decoded as normal ones",
+    ),
+    "scale floor that rounds to 0": (
+        replace(NVFP4, scale=Scale(floor=2.0**-12), specials=Specials(zero_divisor=0.0)),
+        "blocks have scale 0 and codes that are not 0",
+    ),
+    "E4M3 cast without a clamp": (
+        replace(NVFP4, scale=Scale(overflow="nan")),
+        "scales beyond 448 become NaN",
+    ),
+    "elements divided by the unrounded scale": (
+        replace(NVFP4, elements=Elements(scale_read="unrounded")),
+        "divided by the unrounded scale",
+    ),
+    "half away taken for even": (
+        replace(NVFP4, elements=Elements(rounding="ties-away")),
+        "ties of elements: ties-away",
+    ),
+    "half down": (
+        replace(NVFP4, elements=Elements(rounding="ties-to-zero")),
+        "ties of elements: ties-to-zero",
+    ),
+    "scale ties away": (
+        replace(NVFP4, scale=Scale(rounding="ties-away")),
+        "scales round ties-away",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_arithmetic_comes_first(fault):
+    recipe, cause = FAULTS[fault]
+    got = identify(nv.quantize(X, recipe))
+    assert got.explained and cause in got.causes[0], str(got)
+
+
+@pytest.mark.parametrize("convention", ["encode", "decode"])
+def test_a_dead_expert(convention):
+    dead = Outer("tensor", formula="G = n / amax", of_zero=None)
+    recipe = replace(TENSOR, outer=dead, specials=Specials(invalid_scale_code=0x7F))
+    x = torch.zeros(8, 64).bfloat16()
+    q = nv.quantize(x, recipe)
+    assert (q.scales == 0x7F).all()
+    got = identify(q, x, outer=torch.tensor(float("inf")) if convention == "encode" else q.outer)
+    assert got.explained and got.causes[0].startswith("an all-zero input"), str(got)
+
+
+@pytest.mark.parametrize("name", ["nvfp4-tensor", "vllm-megamoe", "torchao"])
+def test_an_outer_scale_that_is_missing(name):
+    got = identify(nv.quantize(X, name), outer=None)
+    assert got.explained and got.causes[0].startswith("outer scale missing"), str(got)
+
+
+@pytest.mark.parametrize("name", ["nvfp4-tensor", "vllm-megamoe", "sgl-megamoe"])
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+def test_an_outer_scale_that_is_inverted(name, shape):
+    q = nv.quantize(X, name)
+    assert q.outer is not None
+    got = identify(q, outer=(1 / q.outer).reshape(shape))
+    assert got.explained and "encode scale" in got.causes[0], str(got)
+
+
+@pytest.mark.parametrize("factor", [25.0, 1 / 25, 100.0, 1 / 100])
+def test_outputs_too_small_or_too_large(factor):
+    q = nv.quantize(X, "nvfp4-tensor")
+    assert q.outer is not None
+    got = identify(q, outer=q.outer * factor)
+    assert got.explained and f"off by a factor of {1 / factor:.6g}" in got.causes[0], str(got)
+
+
+def test_swapped_nibbles():
+    q = nv.quantize(X)
+    got = identify(q, codes=q.codes << 4 | q.codes >> 4)
+    assert got.explained and got.causes == ["nibble order: high nibble first"]
+
+
+def test_the_packing_of_llama_cpp():
+    q = nv.quantize(X, "llama.cpp")
+    codes = layouts.to_gguf(q.codes, q.scales).view(len(X), -1, 36)[:, :, 4:].reshape(q.codes.shape)
+    got = identify(q, codes=codes)
+    assert (
+        got.explained and got.causes[0] == "nibble order: low nibbles, then high ones, of each 16"
+    )
+
+
+@pytest.mark.parametrize("rows", [128, 200], ids=["of the linear size", "padded"])
+def test_swizzled_scales(rows):
+    x = X[:rows]
+    q = nv.quantize(x)
+    got = identify(q, x, scales=layouts.to_tiles(q.scales))
+    assert got.explained and got.causes == ["the scales lie in 128x4 tiles, not row by row"]
+
+
+def test_padding_that_was_never_written():
+    q = nv.quantize(X)
+    padded = layouts.from_tiles(layouts.to_tiles(q.scales), 256, 32)
+    padded[200:] = 0x55
+    got = identify(q, scales=layouts.to_tiles(padded).flatten())
+    assert (
+        got.explained
+        and got.causes[-1] == f"{56 * 32} padding bytes of the 128x4 tiles are not zero"
+    )
+
+
+@pytest.mark.parametrize(
+    ("layout", "place"),
+    [
+        ("mega_moe int32 words", layouts.to_words),
+        ("MN-major int32 words", layouts.to_mn_major),
+        ("linear", lambda s: s.view(torch.float8_e4m3fn)),
+    ],
+)
+def test_sound_layouts_are_no_fault(layout, place):
+    q = nv.quantize(X)
+    got = identify(q, scales=place(q.scales))
+    assert got.explained and got.reading.layout == layout and not got.causes
+
+
+def test_an_approximate_reciprocal():
+    q = nv.quantize(X, "vllm-megamoe")
+    assert q.outer is not None
+    s = q.decoded_scales().repeat_interleave(16, -1) * q.outer
+    codes = nv.formats.E2M1.encode(X.float() * ((1 / s) * (1 + 2.0**-23)))
+    codes = codes.where(codes != 8, 0)
+    got = identify(q, codes=layouts.pack_nibbles(codes))
+    assert not got.explained and got.causes[0].startswith("approximate division"), str(got)
+
+
+COMBINATIONS = list(
+    itertools.product(
+        ("ties-to-even", "ties-away", "up"),
+        ("gradual", "flush"),
+        ("saturate", "nan"),
+        (0.0, 2.0**-9),
+        ("ties-to-even", "ties-to-zero"),
+        ("x / (s * g)", "x * (1 / (s * g))"),
+        ("kept", "dropped", "from nonzero"),
+    )
+)
+
+
+@pytest.mark.parametrize("number", range(0, len(COMBINATIONS), 7))
+def test_a_combination_without_a_name_is_found(number):
+    rounding, subnormals, overflow, floor, ties, formula, zero_sign = COMBINATIONS[number]
+    scale = Scale(rounding=rounding, subnormals=subnormals, overflow=overflow, floor=floor)
+    elements = Elements(rounding=ties, formula=formula, zero_sign=zero_sign)
+    q = nv.quantize(PROBE, replace(NVFP4, scale=scale, elements=elements))
+    got = identify(q, PROBE)
+    assert got.explained, (COMBINATIONS[number], str(got))
+    again = nv.quantize(PROBE, replace(got.recipe, outer=None))
+    assert again.codes.equal(q.codes) and again.scales.equal(q.scales)
+
+
+def test_a_refuted_choice_is_contradicted_by_as_many_blocks_as_are_said():
+    q = nv.quantize(PROBE)
+    row = identify(q, PROBE).decisions.set_index("decision").loc["ties of elements"]
+    others = [with_choice(NVFP4, "elements.rounding", c) for c in ("ties-away", "ties-to-zero")]
+    differing = [
+        int((nv.quantize(PROBE, o).element_codes() != q.element_codes()).sum()) for o in others
+    ]
+    assert row["elements"] <= min(differing) and row["elements"] > 100
+    assert "ties-away" in row["refuted"]
+
+
+def test_random_bytes_are_not_explained():
+    codes = torch.randint(0, 256, (200, 256), generator=torch.Generator().manual_seed(2))
+    got = identify(nv.quantize(X), codes=codes.to(torch.uint8))
+    assert not got.explained and "no explanation" in got.causes[-1]
+
+
+def test_one_flipped_code_is_seen():
+    q = nv.quantize(X)
+    codes = q.codes.clone()
+    codes[100, 100] ^= 1
+    got = identify(q, codes=codes)
+    assert (got.explained, got.unexplained_scales, got.unexplained_codes) == (False, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("buffers", "error", "message"),
+    [
+        ({"codes": torch.zeros(4, 8)}, TypeError, "codes are bytes .* got torch.float32"),
+        (
+            {"codes": torch.zeros(4, 8, dtype=torch.uint8)},
+            ValueError,
+            r"x \(200, 512\) has codes \(200, 256\), got \(4, 8\)",
+        ),
+        ({"scales": torch.zeros(4, 8)}, TypeError, "scales are bytes or int32 words"),
+        ({"scales": torch.zeros(3, 8, dtype=torch.uint8)}, ValueError, r"got \(3, 8\) torch.uint8"),
+        ({"outer": torch.ones(3)}, ValueError, r"one for each of 200 tokens, got \(3,\)"),
+    ],
+)
+def test_refuses(buffers, error, message):
+    with pytest.raises(error, match=message):
+        identify(nv.quantize(X), **buffers)
+
+
+@pytest.mark.parametrize(
+    ("flag", "shown"), [([], "explained by vllm-muse"), (["--json"], '"explained": true')]
+)
+def test_from_the_shell(tmp_path, capsys, flag, shown):
+    q = nv.quantize(X, "vllm-muse")
+    save_file({"hidden": X}, tmp_path / "x.safetensors")
+    save_file({"codes": q.codes, "scales": layouts.to_words(q.scales)}, tmp_path / "q.safetensors")
+    paths = [str(tmp_path / name) for name in ("x.safetensors", "q.safetensors")]
+    assert cli.main(["identify", *paths, *flag]) == 0
+    assert shown in capsys.readouterr().out
+
+
+def test_exit_codes_of_the_shell(tmp_path, capsys):
+    q = nv.quantize(X)
+    save_file({"hidden": X}, tmp_path / "x.safetensors")
+    x, out = str(tmp_path / "x.safetensors"), str(tmp_path / "q.safetensors")
+    save_file({"codes": q.codes ^ 1, "scales": q.scales}, out)
+    assert cli.main(["identify", x, out]) == 1
+    assert cli.main(["identify", x, x]) == 2
+    assert "has no codes and no scales; it has hidden" in capsys.readouterr().err
+    assert cli.main(["identify", x, str(tmp_path / "none.safetensors")]) == 2
