@@ -33,20 +33,10 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
-# fouroversix builds CUDA code unless told not to; ggml's quantizer is compiled from the sources that
-# llama-cpp-python carries, so `cc` is needed. The peers' environment holds nothing of ours but torch.
 conformance:
 	@"$(PYTHON)" -m venv $(PEERS)
-	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy safetensors pandas
-	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-peers.txt
-	@SKIP_CUDA_BUILD=1 FORCE_BUILD=1 $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
-	    --no-build-isolation --no-deps fouroversix==1.0.5
-	@test -f $(PEERS)/libggml.so || { cd $(PEERS) && \
-	    bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: llama-cpp-python==0.3.36 && \
-	    tar xzf llama_cpp_python-0.3.36.tar.gz --wildcards '*/vendor/llama.cpp/ggml/*' && \
-	    cd llama_cpp_python-0.3.36/vendor/llama.cpp/ggml && \
-	    cc -O2 -fPIC -shared -ffp-contract=off -Iinclude -Isrc -o ../../../../libggml.so src/ggml-quants.c -lm; }
-	@NVFP4LAB_GGML="$(CURDIR)/$(PEERS)/libggml.so" PYTHONPATH=. $(PEERS)/bin/python tests/conformance/run.py
+	@bash tests/conformance/install.sh $(PEERS)
+	@PYTHONPATH=. $(PEERS)/bin/python tests/conformance/run.py $(PEERS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist .pytest_cache .ruff_cache

@@ -3,8 +3,9 @@
 Each entry says what sets it apart, where it was read (project, version, file) and just the
 decisions in which it differs from `nvfp4`. To add a recipe, add it to `_RECIPES`; the README's
 table and `make conformance` take it from there. Recipes named after a peer are held against the
-installed peer by `make conformance`, whose outcome is data/conformance.json; where `source` ends in
-"by source only", the peer cannot be run on a CPU.
+installed peer by `make conformance`, whose outcome is data/conformance.json; where `source` says
+"by source only", the peer does not install on a CPU: examples are worked by hand, and what the
+peer's own files gave, taken out of its wheel, is data/by_source.json.
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ _RECIPES = {
             "transformer-engine",
             "Folds 1/6 into the encode scale; reciprocals are capped at the largest float32.",
             "TransformerEngine 2.20.2, transformer_engine/pytorch/custom_recipes/"
-            "reference_nvfp4.py; by source only",
+            "reference_nvfp4.py; by source only. A NaN scale is 0x7F, or 0xFF in vector lanes",
             Scale(formula="amax * (G * (1 / d))"),
             Elements(formula="x * min(1 / (s * g), FLOAT32_MAX)", zero_sign="from nonzero"),
             replace(_IEEE_OUTER, formula="G = n / amax", ceiling=FLOAT32_MAX, of_inf=1.0),
@@ -317,7 +318,8 @@ _RECIPES = {
         Recipe(
             "fp-quant",
             "Ties to zero; zero and small negatives are -0; no floor, so a zero block is 0 / 0.",
-            "fp-quant 0.3.2, fp_quant/module/triton/nvfp4.py; by source only",
+            "fp-quant 0.3.2, fp_quant/module/triton/nvfp4.py; by source only, with IEEE "
+            "divisions: compiled, its own are approximate and move ties",
             Scale(formula="G * amax / d"),
             Elements(formula="x * G / s", rounding="ties-to-zero", zero_sign="unless positive"),
             replace(_IEEE_OUTER, formula="G = n / amax", of_zero=1.0),

@@ -1,16 +1,19 @@
 """Every recipe named after an installed peer beside the peer itself: recipe x case -> mismatches.
 
-`make conformance` runs this in an environment of its own and renews data/conformance.json; it fails
-where a count differs from what KNOWN says. May be changed: KNOWN, with the reason that was found.
+`make conformance` runs this in an environment of its own, whose folder it is given, and renews
+data/conformance.json; it fails where a count differs from what KNOWN says. May be changed: KNOWN,
+with the reason that was found.
 """
 
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 import warnings
 from pathlib import Path
 
+import own_tests
 import torch
 from cases import CASES
 from peers import PEERS, gguf_decode, gguf_scales
@@ -78,8 +81,9 @@ def gguf_counts() -> dict:
     }
 
 
-def main() -> int:
+def main(environment: Path) -> int:
     warnings.filterwarnings("ignore")
+    os.environ["NVFP4LAB_GGML"] = str(environment / "libggml.so")
     table, problems = {}, []
     for peer in PEERS:
         rows = table.setdefault(peer.recipe, {"peer": version(peer.package), "cases": {}})["cases"]
@@ -99,11 +103,16 @@ def main() -> int:
     if any(counts[k] for counts in gguf.values() for k in ("scales", "elements") if k in counts):
         problems.append(f"gguf: {gguf}")
     table["llama.cpp"]["gguf"] = {"peer": version("gguf"), **gguf}
+    for name, outcome in own_tests.run(environment / "sources").items():
+        table[name]["own tests"] = outcome
+        print(f"{name:20} the peer's own tests: {outcome}")
+        if own_tests.failed(outcome):
+            problems.append(f"{name}: its peer's own tests: {outcome}")
     for name in nv.recipes():
         if BY_SOURCE in nv.recipe(name).source:
             table[name] = {"peer": BY_SOURCE, "tests": "tests/test_catalogue.py"}
-    environment = {"python": platform.python_version(), "torch": torch.__version__}
-    result = {"environment": environment, "recipes": table}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    result = {"environment": versions, "recipes": table}
     TARGET.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("\n".join(problems) or f"as known; written to {TARGET.name}")
     return 1 if problems else 0
@@ -116,4 +125,4 @@ def version(package: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Path(sys.argv[1]).resolve()))
