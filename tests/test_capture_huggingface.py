@@ -405,7 +405,7 @@ def test_a_json_prompt_without_text_is_named(tmp_path, saved_v4):
 
 @pytest.mark.parametrize(("text", "want"), [("3", [3]), ("0,2-4,9", [0, 2, 3, 4, 9])])
 def test_layers_are_numbers_and_ranges(text, want):
-    assert cli._layer_numbers(text) == want
+    assert cli.capture._layer_numbers(text) == want
 
 
 @pytest.mark.parametrize(

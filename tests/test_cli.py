@@ -84,7 +84,7 @@ def test_an_unknown_name_is_refused_with_those_there_are(checkout, capsys):
 
 def test_a_folder_without_notebooks_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages/nvfp4lab/cli.py"))
+    monkeypatch.setattr(cli.study, "__file__", str(tmp_path / "site/nvfp4lab/cli/study.py"))
     assert cli.main(["study"]) == 2
     assert "run this in a checkout of nvfp4lab" in capsys.readouterr().err
 
@@ -102,7 +102,7 @@ def test_an_interrupt_ends_the_study_quietly(checkout):
     nbformat.write(v4.new_notebook(cells=[sleeps]), checkout / "notebooks/01_good.ipynb")
     study = subprocess.Popen(
         [sys.executable, "-m", "nvfp4lab.cli", "study"],
-        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])},
         stderr=subprocess.PIPE,
         text=True,
     )

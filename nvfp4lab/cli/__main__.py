@@ -1,0 +1,7 @@
+"""`python -m nvfp4lab.cli`, where the `nvfp4lab` script is not on the path."""
+
+import sys
+
+from nvfp4lab.cli import main
+
+sys.exit(main())

@@ -1,0 +1,149 @@
+"""nvfp4lab study: the notebooks, run on the shipped activations, as HTML pages."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from nvfp4lab.cli.command import CommandError
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    text = "Run the notebooks on the shipped activations and write them as HTML pages."
+    command = commands.add_parser("study", help=text, description=text)
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/study"),
+        metavar="DIR",
+        help="folder of the pages (default: %(default)s)",
+    )
+    command.add_argument(
+        "--only", nargs="+", metavar="NAME", help="run these only: 01_staging, or just 01"
+    )
+    command.add_argument(
+        "--in-place",
+        action="store_true",
+        help="also save the new outputs in the notebook files, and their first figures",
+    )
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Every notebook to its page, and index.html; one that fails does not stop the others."""
+    notebooks = _find_notebooks()
+    chosen = _choose(notebooks, args.only)
+
+    import nbformat
+
+    from nvfp4lab import publish, runs
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    problems: dict[Path, str] = {}
+    for path in chosen:
+        progress = _Progress(path.stem, width=max(len(p.stem) for p in chosen))
+        page, failed_page = args.out / f"{path.stem}.html", args.out / f"{path.stem}.failed.html"
+        for older in (page, failed_page):  # it would pass for this run's
+            older.unlink(missing_ok=True)
+        try:
+            try:
+                notebook = runs.execute(path, on_cell=progress.show)
+            except runs.NotebookError as error:
+                problems[path] = str(error)
+                notebook, page = error.partial, failed_page
+            html = publish.to_html(notebook, folder=path.parent, contents="index.html")
+            page.write_text(html, encoding="utf-8")
+        except ValueError as error:  # not a notebook, or a page that would fetch something
+            problems[path] = f"{path.name}: {error}"
+        if path in problems:
+            progress.end("FAILED")
+            print(problems[path], file=sys.stderr)
+        else:
+            if args.in_place:
+                text = nbformat.writes(runs.normalise(notebook)) + "\n"
+                _replace(path, text.encode("utf-8"))
+                if figure := runs.first_figure(notebook):
+                    images = path.parent / "images"
+                    images.mkdir(exist_ok=True)
+                    _replace(images / f"{path.stem}.png", figure)
+            progress.end("ok")
+
+    entries = []
+    for path in notebooks:  # also those that an earlier run made
+        problem = problems[path].splitlines()[0] if path in problems else None
+        href = f"{path.stem}.failed.html" if problem else f"{path.stem}.html"
+        if (args.out / href).exists():
+            about = publish.describe(nbformat.read(path, as_version=4))
+            entries.append(publish.Entry(href, *about, problem=problem))
+    index = args.out / "index.html"
+    index.write_text(publish.contents_html("nvfp4lab: the study", entries), encoding="utf-8")
+    if problems:
+        failed = ", ".join(path.stem for path in problems)
+        print(
+            f"nvfp4lab: {len(problems)} of {len(chosen)} notebooks failed: {failed}",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"Open {index}")
+    return 0
+
+
+def _find_notebooks() -> list[Path]:
+    """NN_*.ipynb of the repository: in ./notebooks, or in the one beside the package."""
+    folders = [Path.cwd() / "notebooks", Path(__file__).resolve().parents[2] / "notebooks"]
+    for folder in folders:
+        if found := sorted(folder.glob("[0-9][0-9]_*.ipynb")):
+            return found
+    raise CommandError(
+        "found no notebooks/NN_*.ipynb in "
+        + " or ".join(str(folder.parent) for folder in dict.fromkeys(folders))
+        + "; run this in a checkout of nvfp4lab"
+    )
+
+
+def _choose(notebooks: list[Path], only: Sequence[str] | None) -> list[Path]:
+    if only is None:
+        return notebooks
+    names = [Path(name).name.removesuffix(".ipynb") for name in only]
+    known = {path.stem for path in notebooks} | {path.stem[:2] for path in notebooks}
+    if unknown := [name for name in names if name not in known]:
+        have = ", ".join(path.stem for path in notebooks)
+        raise CommandError(f"no notebook {', '.join(unknown)}; there are {have}")
+    return [path for path in notebooks if path.stem in names or path.stem[:2] in names]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write the file whole or not at all."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(content)
+    os.replace(new, path)
+
+
+class _Progress:
+    """One line for a notebook, rewritten on a terminal; a log gets its end, and a sign of life."""
+
+    def __init__(self, name: str, width: int):
+        self.name, self.started = name.ljust(width), time.monotonic()
+        self.printed = self.started
+        self.done, self.total = 0, 0
+
+    def show(self, done: int, total: int) -> None:
+        self.done, self.total = done, total
+        if sys.stdout.isatty():
+            print(f"\r{self._line()}", end="", flush=True)
+        elif time.monotonic() - self.printed > 20:
+            print(self._line(), flush=True)
+            self.printed = time.monotonic()
+
+    def end(self, outcome: str) -> None:
+        start = "\r" if sys.stdout.isatty() else ""
+        print(f"{start}{self._line()}  {outcome}", flush=True)
+
+    def _line(self) -> str:
+        seconds = time.monotonic() - self.started
+        width = len(str(self.total))
+        return f"{self.name}  {self.done:{width}}/{self.total} cells  {seconds:6.1f} s"
