@@ -52,6 +52,7 @@ _HOME = {
     "stage_mega_moe_inputs": "staging",
 }
 _MODULES = (
+    "blocks",
     "capture",
     "catalogue",
     "codec",
@@ -60,6 +61,7 @@ _MODULES = (
     "errors",
     "formats",
     "layouts",
+    "outer",
     "plots",
     "quantized",
     "records",

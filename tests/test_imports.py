@@ -22,6 +22,8 @@ LAYERS = (
     {"capture", "controls", "rules", "layouts"},
     {"catalogue"},
     {"quantized"},
+    {"outer"},
+    {"blocks"},
     {"codec"},
     {"staging", "errors"},
     {"statistics", "theory", "diagnose", "experts"},

@@ -1,6 +1,6 @@
 """explain_block: every intermediate of one block, as frames; `plots.explained_block` draws them.
 
-The numbers are those of `codec`, stage by stage; nothing is computed here in another way. To show
+The numbers are those of `blocks`, stage by stage; nothing is computed here in another way. To show
 one more intermediate, add its column.
 """
 
@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from nvfp4lab import catalogue, codec
+from nvfp4lab.blocks import divisor_scale, prepare, quantize_blocks, quotient_of
 from nvfp4lab.formats import CodeClass, Format
 from nvfp4lab.rules import Recipe
 
@@ -65,21 +66,19 @@ def explain_block(
     found = codec.find_outer(block[None], recipe, outer)
     found = found.of_blocks(1, 0, 1)
     x = block[None].float()
-    codes, stored = codec.quantize_blocks(x, found, recipe, block.dtype)
-    inner, of_scale = codec.split_outer(x, found, recipe)
-    amax = codec.block_amax(inner, recipe)
-    raw = codec.raw_scale(amax, of_scale, recipe, block.dtype)
-    s = codec.divisor_scale(stored[:, None], raw, recipe)
-    quotient = codec.quotient_of(inner, s, of_scale, recipe, block.dtype)[0]
+    codes, stored = quantize_blocks(x, found, recipe, block.dtype)
+    before = prepare(x, found, recipe, block.dtype)
+    s = divisor_scale(stored[:, None], before.raw_scale, recipe)
+    quotient = quotient_of(before, s, recipe)[0]
     if recipe.elements.formula == "x":
         quotient = quotient / s[0]
     fmt = recipe.scale.format
     scale = stored if fmt is None else fmt.decode(stored)
     g = found.decode.flatten()[0].item() if recipe.outer else 1.0
     row = {
-        "amax": amax.item(),
+        "amax": before.amax.item(),
         "outer": g,
-        "raw_scale": raw.item(),
+        "raw_scale": before.raw_scale.item(),
         "scale_code": math.nan if fmt is None else int(stored.item()),
         "scale": scale.item(),
         "scale_class": "" if fmt is None else CodeClass(int(fmt.class_of(stored))).name.lower(),

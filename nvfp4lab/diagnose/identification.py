@@ -22,10 +22,11 @@ from typing import Any
 import pandas as pd
 import torch
 
-from nvfp4lab import catalogue, codec
-from nvfp4lab.codec import OuterScale, iter_blocks
+from nvfp4lab import blocks, catalogue
+from nvfp4lab.codec import iter_blocks
 from nvfp4lab.diagnose.reading import BLOCK, Reading, block_amax, read
 from nvfp4lab.formats import E2M1, E4M3
+from nvfp4lab.outer import OuterScale, outer_from_amax
 from nvfp4lab.rules import Outer, Recipe, Search
 
 SAMPLE = 6144  # blocks that the search looks at, rare kinds not counted
@@ -172,7 +173,8 @@ def identify(
     Raises: TypeError or ValueError for buffers that cannot belong to x.
 
     >>> x = torch.randn(32, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    >>> q = codec.quantize(x, "vllm-muse")
+    >>> from nvfp4lab import quantize
+    >>> q = quantize(x, "vllm-muse")
     >>> identify(x, q.codes, q.scales).explained
     True
     """
@@ -212,7 +214,7 @@ def _exact_outers(x: torch.Tensor, found: Reading) -> list[Reading]:
         if rule is None:
             continue
         amax = found.outer.amax
-        outer = codec.outer_from_amax(amax, replace(rule, per=found.outer_per), x.dtype)
+        outer = outer_from_amax(amax, replace(rule, per=found.outer_per), x.dtype)
         off = (outer.decode / found.outer.decode - 1).abs()
         near = (off < 2.0**-20) | (amax == 0)
         missing = found.outer_reading.startswith("missing")
@@ -364,18 +366,15 @@ class _Sample:
 
     def predicted_scales(self, recipe: Recipe) -> torch.Tensor:
         if recipe.search is not None:
-            return codec.quantize_blocks(self.x, self.outer, recipe, self.dtype)[1]
-        inner, outer = codec.split_outer(self.x, self.outer, recipe)
-        amax = codec.block_amax(inner, recipe)
-        raw = codec.raw_scale(amax, outer, recipe, self.dtype)
-        return codec.encode_scale(raw, amax, outer, recipe)[:, 0]
+            return blocks.quantize_blocks(self.x, self.outer, recipe, self.dtype)[1]
+        return blocks.encode_scale(self._prepared(recipe), recipe)[:, 0]
 
     def predicted_codes(self, recipe: Recipe) -> torch.Tensor:
         """The codes that the recipe gives under the scales that the kernel stored."""
-        inner, outer = codec.split_outer(self.x, self.outer, recipe)
-        amax = codec.block_amax(inner, recipe)
-        raw = codec.raw_scale(amax, outer, recipe, self.dtype)
-        return codec.encode_elements(inner, self.stored, raw, outer, recipe, self.dtype)
+        return blocks.encode_elements(self._prepared(recipe), self.stored, recipe)
+
+    def _prepared(self, recipe: Recipe) -> blocks.Blocks:
+        return blocks.prepare(self.x, self.outer, recipe, self.dtype)
 
     def differences(self, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
         """Which scales [n] and which codes [n, 16] differ from the recipe's."""
@@ -474,10 +473,9 @@ class _Sample:
         return [c for c in every if c not in (current, "stochastic")]
 
     def predicted_nan(self, recipe: Recipe) -> torch.Tensor:
-        inner, outer = codec.split_outer(self.x, self.outer, recipe)
-        raw = codec.raw_scale(codec.block_amax(inner, recipe), outer, recipe, self.dtype)
-        s = codec.divisor_scale(self.stored, raw, recipe)
-        return codec.quotient_of(inner, s, outer, recipe, self.dtype).isnan()
+        before = self._prepared(recipe)
+        s = blocks.divisor_scale(self.stored, before.raw_scale, recipe)
+        return blocks.quotient_of(before, s, recipe).isnan()
 
     def ranking(self, found: Reading) -> pd.DataFrame:
         rows = []

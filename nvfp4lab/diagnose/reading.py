@@ -15,8 +15,9 @@ from fractions import Fraction
 import torch
 
 from nvfp4lab import layouts
-from nvfp4lab.codec import LARGEST_BF16, OuterScale, iter_blocks
+from nvfp4lab.codec import LARGEST_BF16, iter_blocks
 from nvfp4lab.formats import E2M1, E4M3
+from nvfp4lab.outer import OuterScale
 
 BLOCK = 16
 ROWS_LOOKED_AT = 256
