@@ -85,12 +85,14 @@ def _raw_scale(
             raw = encode * (amax * (one / d))
         case "amax * (G * (1 / d))":
             raw = amax * (encode * (one / d))
+        case "amax / d":
+            raw = amax / d
     raw = raw if rule.factor == 1 else raw * rule.factor
     if recipe.specials.invalid_scale_code is None:
         raw = raw.where(~raw.isnan() | amax.isnan(), 0.0)  # 0 / 0, where g has underflowed to 0
     if rule.of_raw_zero:
         raw = raw.where(raw != 0, rule.of_raw_zero)
-    return raw.clamp_min(rule.floor)
+    return raw.clamp(rule.floor, rule.ceiling)
 
 
 def encode_scale(blocks: Blocks, recipe: Recipe) -> torch.Tensor:
@@ -125,8 +127,10 @@ def encode_elements(
     rule, specials = recipe.elements, recipe.specials
     s = divisor_scale(stored, blocks.raw_scale, recipe)
     quotient = quotient_of(blocks, s, recipe)
-    if specials.zero_scale == "codes +0":
-        quotient = quotient.where(s != 0, 0.0)
+    if specials.zero_scale != "divides":
+        zero = torch.zeros((), device=quotient.device)
+        kept = zero if specials.zero_scale == "codes +0" else zero.copysign(blocks.x)
+        quotient = quotient.where(_decoded(stored, recipe) != 0, kept)
     if rule.overflow == "sign bit":
         quotient = quotient.where(~quotient.isinf(), math.nan)
     if rule.rounding == "least distance":
@@ -163,6 +167,10 @@ def _nan_codes(blocks: Blocks, s: torch.Tensor, recipe: Recipe) -> torch.Tensor 
     return code | (made | (x.isnan() & x.signbit())) * sign_mask
 
 
+def _decoded(stored: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    return stored if recipe.scale.format is None else recipe.scale.format.decode(stored)
+
+
 def divisor_scale(stored: torch.Tensor, raw: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """The s that the elements are divided by."""
     fmt = recipe.scale.format
@@ -186,6 +194,7 @@ def quotient_of(blocks: Blocks, s: torch.Tensor, recipe: Recipe) -> torch.Tensor
     one, g, encode = torch.ones_like(s), blocks.outer.decode, blocks.outer.encode
     product = s * g
     product = product.where(product != 0, specials.zero_divisor)
+    s = s.where(s != 0, specials.zero_divisor)
     match rule.formula:
         case "x / (s * g)":
             quotient = x / product
@@ -197,10 +206,14 @@ def quotient_of(blocks: Blocks, s: torch.Tensor, recipe: Recipe) -> torch.Tensor
             quotient = x * (encode / s)
         case "x / (s / G)":
             quotient = x / (s / encode)
+        case "x * (G * (1 / s))":
+            quotient = x * (encode * (one / s))
         case "x * G / s":
             quotient = x * encode / s
         case "x / s * G":
             quotient = rounded_to(rule.precision, x / s, blocks.dtype) * encode
+        case "x / s":
+            quotient = x / s
         case "x":
             return x
     if specials.inf_over_inf == "Inf" and product.isinf().any():

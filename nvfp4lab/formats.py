@@ -18,11 +18,15 @@ import torch
 
 Rounding = Literal[
     "ties-to-even",
+    "ties-to-odd",
     "ties-away",
     "ties-to-zero",
+    "ties-up",
+    "ties-down",
     "stochastic",
     "up",
     "down",
+    "toward-zero",
     "up-from-three-quarters",
 ]
 Subnormals = Literal["gradual", "flush", "capped", "implicit-bit-lost", "exponent-wraps"]
@@ -97,8 +101,9 @@ class Format:
     ) -> torch.Tensor:
         """The code of each value, rounded once: float32 of any shape -> uint8 of that shape.
 
-        `up` and `down` are directed (towards +Inf, -Inf); the `ties-` roundings are to nearest;
-        `up-from-three-quarters` takes the next magnitude from 3/4 of the way to it.
+        `up` and `down` are directed (towards +Inf, -Inf), `ties-up` and `ties-down` at ties alone;
+        the `ties-` roundings are to nearest; `up-from-three-quarters` takes the next magnitude
+        from 3/4 of the way to it.
         Values beyond the largest finite one saturate, become the NaN code (`nan`), or keep their
         mantissa under the largest exponent (`mantissa-kept`); two's complement saturates at +-max.
         Under `top binade` all that round into the largest exponent field become the largest value.
@@ -183,9 +188,14 @@ class Format:
                 high = _magnitudes(self, x.device)[(below + 1).clamp(max=self.code_of_max)]
                 draw = torch.rand(x.shape, generator=generator, device=x.device)
                 return below + (draw * (high - low) < magnitude - low) * (high > low)
-            case "up" | "down":
-                grows = (x < 0) if rounding == "down" else ~(x < 0)
-                return search("from-zero").where(grows, search("toward-zero"))
+            case "up" | "down" | "ties-up" | "ties-down":
+                grows = (x < 0) if rounding.endswith("down") else ~(x < 0)
+                away, back = (
+                    ("ties-away", "ties-to-zero")
+                    if rounding.startswith("ties")
+                    else ("from-zero", "toward-zero")
+                )
+                return search(away).where(grows, search(back))
             case _:
                 return search(rounding)
 
@@ -248,6 +258,8 @@ def _threshold_table(fmt: Format, rounding: str) -> np.ndarray:
             return _as_float32(low)
         case "ties-to-even":
             tie_steps = index % 2 == 1
+        case "ties-to-odd":
+            tie_steps = index % 2 == 0
         case "ties-away":
             tie_steps = index >= 0
         case "ties-to-zero":
@@ -262,7 +274,13 @@ def _threshold_table(fmt: Format, rounding: str) -> np.ndarray:
 
 def _overflow_threshold(fmt: Format, rounding: Rounding) -> float:
     """A magnitude above this one rounds past the largest finite value."""
-    directed = {"up": "from-zero", "down": "toward-zero", "stochastic": "toward-zero"}
+    directed = {
+        "up": "from-zero",
+        "down": "toward-zero",
+        "stochastic": "toward-zero",
+        "ties-up": "ties-away",
+        "ties-down": "ties-to-zero",
+    }
     return float(_threshold_table(fmt, directed.get(rounding, rounding))[-1])
 
 

@@ -15,6 +15,13 @@ import torch
 from nvfp4lab.quantized import outer_of_blocks
 from nvfp4lab.rules import Outer, Precision
 
+# What is added to a float32's bits before its mantissa is cut.
+POWERS_OF_TWO = {
+    "up to a power of two": 0x7FFFFF,
+    "down to a power of two": 0,
+    "to the nearest power of two": 0x400000,  # from 1.5 up
+}
+
 
 @dataclass(frozen=True)
 class OuterScale:
@@ -59,8 +66,9 @@ def outer_from_amax(amax: torch.Tensor, rule: Outer, dtype: torch.dtype) -> Oute
             scale = rounded_to(rule.precision, reciprocal * n, dtype)
     if rule.floor or rule.ceiling != math.inf:
         scale = scale.clamp(rule.floor, rule.ceiling)
-    if rule.rounding == "up to a power of two":  # on the bits: g is a normal number
-        scale = (scale.view(torch.int32) + 0x7FFFFF & ~0x7FFFFF).view(torch.float32)
+    if rule.rounding != "none":  # on the bits: the scale is a normal number
+        carries = POWERS_OF_TWO[rule.rounding]
+        scale = (scale.view(torch.int32) + carries & ~0x7FFFFF).view(torch.float32)
     if rule.of_zero is not None:
         scale = scale.where(amax != 0, rule.of_zero)
     if rule.of_inf is not None:

@@ -28,6 +28,7 @@ ScaleFormula = Literal[
     "G * amax / d",
     "G * (amax * (1 / d))",
     "amax * (G * (1 / d))",
+    "amax / d",  # the outer scale forgotten
 ]
 ElementFormula = Literal[
     "x / (s * g)",
@@ -35,8 +36,10 @@ ElementFormula = Literal[
     "x * min(1 / (s * g), FLOAT32_MAX)",
     "x * (G / s)",
     "x / (s / G)",
+    "x * (G * (1 / s))",
     "x * G / s",
     "x / s * G",
+    "x / s",  # the outer scale forgotten
     "x",  # not divided: the code of the value * s that is the least distance away
 ]
 OuterFormula = Literal[
@@ -81,6 +84,7 @@ class Scale(_Part):
     factor: float = 1.0  # multiplies the formula's result
     of_raw_zero: float = 0.0  # the unrounded scale where the formula gives 0
     floor: float = 0.0  # the unrounded scale is raised to this
+    ceiling: float = math.inf  # and lowered to this
     rounding: Rounding = "ties-to-even"
     subnormals: Subnormals = "gradual"
     overflow: Overflow = "saturate"
@@ -116,7 +120,9 @@ class Outer(_Part):
     amax_floor: float | Literal["smallest normal"] = (
         0.0  # the smallest normal: of the input's dtype
     )
-    rounding: Literal["none", "up to a power of two"] = "none"
+    rounding: Literal[
+        "none", "up to a power of two", "down to a power of two", "to the nearest power of two"
+    ] = "none"
     floor: float = 0.0
     ceiling: float = math.inf
     of_zero: float | None = 1.0  # where amax is 0; None: what the formula gives
@@ -145,8 +151,9 @@ class Specials(_Part):
     nan_scale_nan_code: int | None = None  # that code where the NaN comes from the scale's code
     nan_sign: Literal["none", "x86"] = "none"  # x86: bit 3 is set where the NaN has its sign bit
     # set, as the x86 leaves it: x's own, and - where numbers alone made the NaN
-    zero_divisor: float = math.inf  # stands for s * g where that is 0; Inf gives codes +-0
-    zero_scale: Literal["divides", "codes +0"] = "divides"  # what the elements of a zero scale get
+    zero_divisor: float = math.inf  # stands for s * g, or s, where that is 0; Inf: codes +-0
+    zero_scale: Literal["divides", "codes +0", "codes +-0"] = "divides"  # what elements get whose
+    # stored scale is zero
     inf_over_inf: Literal["Inf", "NaN"] = "Inf"
 
 

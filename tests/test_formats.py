@@ -136,12 +136,33 @@ def rounded(fmt: Format, value: Fraction, rounding: str) -> int:
     if value == magnitudes[below]:
         return below
     to_below, to_above = value - magnitudes[below], magnitudes[above] - value
-    if rounding in ("up", "down"):
+    if rounding in ("up", "down", "toward-zero"):
         return above if rounding == "up" else below
     if to_below != to_above:
         return below if to_below < to_above else above
     even = below if below % 2 == 0 else above
-    return {"ties-to-even": even, "ties-away": above, "ties-to-zero": below}[rounding]
+    at_ties = {
+        "ties-to-even": even,
+        "ties-to-odd": below + above - even,
+        "ties-away": above,
+        "ties-up": above,
+        "ties-to-zero": below,
+        "ties-down": below,
+    }
+    return at_ties[rounding]
+
+
+ROUNDINGS = (
+    "ties-to-even",
+    "ties-to-odd",
+    "ties-away",
+    "ties-to-zero",
+    "ties-up",
+    "ties-down",
+    "up",
+    "down",
+    "toward-zero",
+)
 
 
 def probes(fmt: Format) -> list[Fraction]:
@@ -154,7 +175,7 @@ def probes(fmt: Format) -> list[Fraction]:
     return [Fraction(float(p)) for p in np.concatenate([*around, np.array(extra, np.float32)])]
 
 
-@pytest.mark.parametrize("rounding", ["ties-to-even", "ties-away", "ties-to-zero", "up", "down"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 def test_every_magnitude_and_midpoint_rounds_as_exact_rationals_do(fmt, rounding):
     points = probes(fmt)
@@ -163,11 +184,12 @@ def test_every_magnitude_and_midpoint_rounds_as_exact_rationals_do(fmt, rounding
     assert fmt.encode(x, rounding).tolist() == want
 
 
-@pytest.mark.parametrize("rounding", ["ties-to-even", "ties-away", "ties-to-zero", "up", "down"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("fmt", [E2M1, E4M3, INT4, INT8], ids=lambda f: f.name)
 def test_negative_values_mirror_and_directions_swap(fmt, rounding):
     x = torch.tensor([float(p) for p in probes(fmt)])
-    mirrored = {"up": "down", "down": "up"}.get(rounding, rounding)
+    opposite = {"up": "down", "down": "up", "ties-up": "ties-down", "ties-down": "ties-up"}
+    mirrored = opposite.get(rounding, rounding)
     magnitude = fmt.encode(x, mirrored).int()
     want = magnitude | fmt.sign_mask if fmt.sign_mask else -magnitude & (2**fmt.bits - 1)
     assert fmt.encode(-x, rounding).tolist() == want.tolist()

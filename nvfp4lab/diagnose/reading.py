@@ -1,27 +1,41 @@
-"""How a kernel's buffers are to be read: scale layout, nibble order, outer scale.
+"""How a kernel's buffers are to be read: scale layout, nibble order, signs, outer scale.
 
-Each is decided before any rounding is looked at, by scale-free evidence: under the right layout a
-scale follows its block's amax, under the right nibble order a code follows its element. To read one
-more layout or order, add it to `_layouts` or `NIBBLE_ORDERS`.
+Each is decided before any rounding is looked at: under the right layout a scale follows its block's
+amax, under the right nibble order a code follows its element. `read` gives the readings that the
+buffers allow, the likeliest first. To read one more layout or order, add it to `_layouts` or
+NIBBLE_ORDERS.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from fractions import Fraction
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from nvfp4lab import layouts
-from nvfp4lab.codec import LARGEST_BF16, iter_blocks
+from nvfp4lab.codec import iter_blocks
+from nvfp4lab.diagnose.outer_reading import (
+    DOUBTFUL,
+    LARGER,
+    OuterReading,
+    exact_outers,
+    log_ratio,
+    read_outer,
+    rules_of,
+)
 from nvfp4lab.formats import E2M1, E4M3
-from nvfp4lab.outer import OuterScale
+from nvfp4lab.outer import OuterScale, outer_from_amax
+from nvfp4lab.rules import Recipe
 
 BLOCK = 16
 ROWS_LOOKED_AT = 256
-NEAR = 0.15  # in log2: the rounding of one E4M3 scale is at most 0.09
+STRAYS = 0.09  # log2: scales under their own layout stray by less, whatever their rounding
+FOLLOWS = 0.5  # share of nonzero elements whose codes a nibble order gives,
+PARTLY = 0.3  # share that it misses above which it may be another, should nothing explain the codes
+AHEAD = 0.1  # or by how much more it gives than the others
+CLOSE = 0.02  # readings that score this near to each other cannot be told apart
 
 
 def _by_halves(packed: torch.Tensor) -> torch.Tensor:
@@ -30,75 +44,98 @@ def _by_halves(packed: torch.Tensor) -> torch.Tensor:
     return torch.cat([blocks & 0xF, blocks >> 4], -1).flatten(-2)
 
 
+def _big_endian(packed: torch.Tensor) -> torch.Tensor:
+    """The bytes of each 32-bit word the other way round."""
+    return layouts.unpack_nibbles(packed.unflatten(-1, (-1, 4)).flip(-1).flatten(-2))
+
+
 NIBBLE_ORDERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "low nibble first": layouts.unpack_nibbles,
     "high nibble first": lambda p: layouts.unpack_nibbles(p << 4 | p >> 4),
     "low nibbles, then high ones, of each 16": _by_halves,
+    "big-endian words, low nibble first": _big_endian,
+    "big-endian words, high nibble first": lambda p: _big_endian(p << 4 | p >> 4),
 }
+SOUND_LAYOUTS = ("linear", "mega_moe int32 words", "MN-major int32 words")
 
 
 @dataclass(frozen=True)
 class Reading:
     """A kernel's output as codes (T, K), scale bytes (T, B) and an outer scale, and what was found.
 
-    evidence: for each of the three decisions its choice, the alternatives with their agreement, and
-    how many blocks it rests on. faults: what is amiss in the buffers themselves.
+    evidence: for each decision its choice, the alternatives with their agreement, and how many
+    blocks it rests on. faults: what is amiss in the buffers themselves, the gravest first. doubts:
+    what is, should no decisions explain the bytes. contradicted: whether a buffer, as it was given,
+    does not fit the others.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
-    outer: OuterScale | None
-    outer_per: str | None  # "token" or "tensor"
     layout: str
     nibbles: str
-    outer_reading: str
     evidence: list[dict] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    contradicted: bool = False
+    outer: OuterScale | None = None
+    outer_per: str | None = None  # "token" or "tensor"
+    outer_reading: str = "none"
+    outer_rules: list[str] = field(default_factory=list)  # those that give its very values
+    outer_given: bool = False
+
+    def has_outer_of(self, recipe: Recipe, dtype: torch.dtype) -> bool:
+        """Whether the recipe's own rule gives the outer scale, or there is none in either.
+
+        A calibrated one, which no rule gives, is any recipe's that has one for the tensor.
+        """
+        rule = recipe.outer
+        if rule is None or self.outer is None:
+            return rule is None and self.outer is None
+        if rule.per != "tensor" and self.outer_per == "tensor":
+            return False
+        missing = self.outer_reading.startswith("missing")
+        if not missing and not self.outer_rules:
+            return rule.per == self.outer_per == "tensor"
+        amax = self.outer.amax
+        outer = outer_from_amax(
+            amax.amax().expand_as(amax) if rule.per == "tensor" else amax, rule, dtype
+        )
+        side = "encode" if self.outer_reading == "encode" else "decode"
+        return torch.equal(_bits(getattr(outer, side)), _bits(getattr(self.outer, side)))
 
 
 def read(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, outer: torch.Tensor | None
-) -> Reading:
-    """Buffers of a kernel that quantized x (T, K), in the reading that the bytes support.
+) -> Iterator[Reading]:
+    """The readings of the buffers of a kernel that quantized x (T, K), the likeliest first.
 
     Raises: TypeError or ValueError for buffers that cannot belong to x.
     """
     rows, width = x.shape
     packed = _packed_codes(codes, rows, width)
-    candidates = _layouts(scales, rows, width // BLOCK)
+    arrangements = _layouts(scales, rows, width // BLOCK)
+    if outer is not None and outer.numel() not in (1, rows):
+        raise ValueError(
+            f"outer is one number or one for each of {rows} tokens, got {tuple(outer.shape)}"
+        )
     amax = block_amax(x)
-    evidence, faults = [], []
-
-    spreads = {name: _spread(bytes_, amax) for name, bytes_ in candidates.items()}
-    layout = min(spreads, key=lambda name: spreads[name])
-    stored = candidates[layout]
-    evidence.append(_row("scale layout", layout, spreads, int(_usable(stored, amax).sum())))
-    if layout == "128x4" and (padding := _padding(scales, rows, width // BLOCK)):
-        faults.append(f"{padding} padding bytes of the 128x4 tiles are not zero")
-
-    ratio = _row_ratios(stored, amax)
-    head = slice(0, ROWS_LOOKED_AT)
-    s = E4M3.decode(stored[head]).repeat_interleave(BLOCK, -1) * ratio[head]
-    expected = E2M1.encode((x[head].float() / s).nan_to_num(0.0))
-    agreements = {}
-    for name, unpack in NIBBLE_ORDERS.items():
-        agreements[name] = 1 - (unpack(packed[head]) == expected).float().mean().item()
-    nibbles = min(agreements, key=lambda name: agreements[name])
-    evidence.append(_row("nibble order", nibbles, agreements, expected.numel() // BLOCK))
-
-    found, per, reading, missed = _outer(outer, amax, stored)
-    evidence.append(_row("outer scale", reading, missed, int(_usable(stored, amax).sum())))
-    return Reading(
-        NIBBLE_ORDERS[nibbles](packed),
-        stored,
-        found,
-        per,
-        layout,
-        nibbles,
-        reading,
-        evidence,
-        faults,
-    )
+    middle = {name: _strays(bytes_, amax) for name, bytes_ in arrangements.items()}
+    silent = {name: _silent(bytes_, amax) for name, bytes_ in arrangements.items()}
+    strays = {name: middle[name] + 0.2 * silent[name] for name in arrangements}
+    for layout in _by_score(strays):
+        stored = arrangements[layout]
+        outers = read_outer(outer, amax, stored)
+        orders, signs = _nibble_orders(x, packed, stored, amax, outer)
+        for nibbles in _by_score(orders):
+            reading = _reading(
+                NIBBLE_ORDERS[nibbles](packed), stored, layout, nibbles, strays, orders, amax
+            )
+            reading = _with_signs(reading, x, signs[nibbles])
+            if layout == "128x4" and (padding := _padding(scales, rows, width // BLOCK)):
+                reading.faults.append(f"{padding} padding bytes of the 128x4 tiles are not zero")
+            for found in outers:
+                for exact in (found, *exact_outers(found, x.dtype)):
+                    yield _with_outer(reading, exact, outer, x.dtype)
 
 
 def block_amax(x: torch.Tensor) -> torch.Tensor:
@@ -109,6 +146,12 @@ def block_amax(x: torch.Tensor) -> torch.Tensor:
     return amax.view(x.shape[0], -1)
 
 
+def _by_score(scores: dict[str, float]) -> list[str]:
+    """The best name and those that cannot be told from it, the usual first."""
+    best = min(scores.values())
+    return [name for name in scores if scores[name] - best < CLOSE]
+
+
 def _packed_codes(codes: torch.Tensor, rows: int, width: int) -> torch.Tensor:
     if codes.element_size() != 1 or codes.dtype == torch.bool:
         raise TypeError(f"codes are bytes (uint8, int8 or float4_e2m1fn_x2), got {codes.dtype}")
@@ -116,29 +159,35 @@ def _packed_codes(codes: torch.Tensor, rows: int, width: int) -> torch.Tensor:
         raise ValueError(
             f"x ({rows}, {width}) has codes ({rows}, {width // 2}), got {tuple(codes.shape)}"
         )
-    return codes.view(torch.uint8).reshape(rows, width // 2)
+    return codes.contiguous().view(torch.uint8).reshape(rows, width // 2)
 
 
 def _layouts(scales: torch.Tensor, rows: int, columns: int) -> dict[str, torch.Tensor]:
     """Every layout that the buffer's size allows -> its bytes (rows, columns)."""
     found = {}
     high, wide = -(-rows // 128) * 128, -(-columns // 4) * 4
-    if scales.dtype == torch.int32:
-        if columns % 4 == 0 and scales.numel() == rows * columns // 4:
-            words = scales.reshape(rows, columns // 4)
-            found["mega_moe int32 words"] = layouts.from_words(words)
-        if columns % 4 == 0 and scales.numel() == high * columns // 4:
-            words = scales.reshape(columns // 4, high)
-            found["MN-major int32 words"] = layouts.from_mn_major(words, rows)
-        if scales.numel() * 4 == high * wide:
-            tiles = layouts.from_words(scales.reshape(1, -1))
-            found["128x4"] = layouts.from_tiles(tiles, rows, columns)
+    if scales.dtype in (torch.int32, torch.uint32):
+        words = scales.contiguous().view(torch.int32)
+        if columns % 4 == 0 and words.numel() == rows * columns // 4:
+            found["mega_moe int32 words"] = layouts.from_words(words.reshape(rows, -1))
+            if words.shape == (columns // 4, rows):
+                found["int32 words, transposed"] = layouts.from_words(words.T.contiguous())
+        if columns % 4 == 0 and words.numel() == high * columns // 4:
+            tiled = words.reshape(columns // 4, high)
+            found["MN-major int32 words"] = layouts.from_mn_major(tiled, rows)
+        if words.numel() * 4 == high * wide:
+            flat = layouts.from_words(words.reshape(1, -1))
+            found["128x4"] = layouts.from_tiles(flat, rows, columns)
     elif scales.element_size() == 1 and scales.dtype != torch.bool:
         bytes_ = scales.contiguous().view(torch.uint8)
         if scales.numel() == rows * columns:
             found["linear"] = bytes_.reshape(rows, columns)
+            found["linear, transposed"] = bytes_.reshape(columns, rows).T.contiguous()
         if scales.numel() == high * wide:
             found["128x4"] = layouts.from_tiles(bytes_, rows, columns)
+            if scales.numel() != rows * columns:
+                padded = bytes_.reshape(high, wide)[:rows, :columns].contiguous()
+                found["linear, padded to whole tiles"] = padded
     else:
         raise TypeError(f"scales are bytes or int32 words, got {scales.dtype}")
     if not found:
@@ -158,15 +207,79 @@ def _padding(scales: torch.Tensor, rows: int, columns: int) -> int:
     return int((padded != 0).sum())
 
 
-def _usable(stored: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
-    """Blocks whose scale is normal and not the largest: there amax / 6 is within 7 % of it."""
-    return (stored >= 0x08) & (stored < 0x7E) & (amax > 0) & amax.isfinite()
+def _strays(stored: torch.Tensor, amax: torch.Tensor) -> float:
+    """How far the middle one of the scales strays from what its amax says, in log2, each row's
+    common factor apart."""
+    ratio = log_ratio(stored, amax)
+    off = ratio - ratio.nanmedian(-1, keepdim=True).values
+    off = torch.stack([off.abs(), (off - LARGER).abs(), (off + LARGER).abs()]).amin(0)
+    known = off[~off.isnan()]
+    return float(known.median()) if len(known) else 0.0
 
 
-def _log_ratio(stored: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
-    """log2 of amax / 6 over the scale, NaN where that says nothing: (T, B)."""
-    ratio = (amax / (6 * E4M3.decode(stored))).log2()
-    return ratio.where(_usable(stored, amax), math.nan)
+def _silent(stored: torch.Tensor, amax: torch.Tensor) -> float:
+    """The share of blocks with an amax that have a zero scale: a little against a layout."""
+    says = (amax > 0) & amax.isfinite()
+    return float((says & (stored == 0)).sum() / max(1, int(says.sum())))
+
+
+def _what_the_scales_are(stored: torch.Tensor, amax: torch.Tensor) -> str:
+    """What to say where no layout makes the scales follow their blocks' amax."""
+    says = (amax > 0) & amax.isfinite() & (stored > 0)
+    off = (amax.log2() - (stored.float() - 127))[says]
+    if len(off) and ((off - off.median()).abs() <= 1.1).float().mean() > 0.98:
+        return "the scale bytes are powers of two (E8M0), not E4M3"
+    return "the scales follow their blocks' amax under no layout that is known"
+
+
+def _nibble_orders(
+    x: torch.Tensor, packed: torch.Tensor, stored: torch.Tensor, amax: torch.Tensor, outer
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The share of nonzero elements whose magnitude each order misses; where it has them right.
+
+    Under the outer scale that the block scales suggest, none, or the one given, either way round:
+    whichever makes an order fit best.
+    """
+    head = slice(0, ROWS_LOOKED_AT)
+    s = E4M3.decode(stored[head]).repeat_interleave(BLOCK, -1)
+    missed, right = {}, {}
+    factors = [_row_ratios(stored, amax)[head], torch.ones(())]
+    if outer is not None:
+        given = outer.reshape(()) if outer.numel() == 1 else outer.reshape(-1, 1)[head]
+        factors += [given, 1 / given]
+    quotients = [x[head].float() / (s * factor) for factor in factors]
+    expected = [E2M1.encode(q.nan_to_num(0.0)) & 7 for q in quotients]
+    asked = max(int((e != 0).sum()) for e in expected)
+    expected = [e for e in expected if 10 * int((e != 0).sum()) >= asked]
+    for name, unpack in NIBBLE_ORDERS.items():
+        if name.startswith("big-endian") and packed.shape[-1] % 4:
+            continue
+        magnitude = unpack(packed[head]) & 7
+        right[name], missed[name] = torch.zeros_like(magnitude, dtype=torch.bool), 1.0
+        for e in expected:
+            nonzero = e != 0
+            agree = nonzero & (magnitude == e)
+            share = 1 - int(agree.sum()) / max(1, int(nonzero.sum())) if asked else 0.0
+            if share < missed[name]:
+                right[name], missed[name] = agree, share
+    return missed, right
+
+
+def _with_signs(reading: Reading, x: torch.Tensor, right: torch.Tensor) -> Reading:
+    """The reading with its signs set right, where they were inverted or lost."""
+    negative = x[: len(right)][right].float().signbit()
+    set_ = reading.codes[: len(right)][right] >> 3 != 0
+    if len(set_) < BLOCK or not negative.any():
+        return reading
+    if (set_ != negative).float().mean() > 0.95:
+        fault, codes = "signs are inverted: bit 3 is set for positive values", reading.codes ^ 8
+    elif not set_.any():
+        nonzero = reading.codes != 0
+        codes = reading.codes | (x.float().signbit() & nonzero).to(torch.uint8) << 3
+        fault = "signs are lost: bit 3 is never set"
+    else:
+        return reading
+    return replace(reading, codes=codes, faults=[fault, *reading.faults], contradicted=True)
 
 
 def _row_ratios(stored: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
@@ -174,105 +287,82 @@ def _row_ratios(stored: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
 
     From the larger half of its blocks, since smaller ones may stand on a floor.
     """
-    ratio = _log_ratio(stored, amax)
+    ratio = log_ratio(stored, amax)
     usable_amax = amax.where(~ratio.isnan(), math.nan)
     large = usable_amax >= usable_amax.nanmedian(-1, keepdim=True).values
     median = ratio.where(large, math.nan).nanmedian(-1, keepdim=True).values
     return torch.exp2(median.nan_to_num(0.0))
 
 
-def _spread(stored: torch.Tensor, amax: torch.Tensor) -> float:
-    """How far scales stray from what their amax says, in log2, each row's common factor apart."""
-    ratio = _log_ratio(stored, amax)
-    deviation = (ratio - ratio.nanmedian(-1, keepdim=True).values).abs()
-    known = deviation[~deviation.isnan()]
-    usable = (amax > 0) & amax.isfinite()
-    if not len(known):
-        return 0.0
-    unusable = (usable & deviation.isnan()).sum() / max(1, int(usable.sum()))
-    return float(known.clamp(max=8).mean() + unusable)
+def _reading(
+    codes: torch.Tensor,
+    stored: torch.Tensor,
+    layout: str,
+    nibbles: str,
+    strays: dict[str, float],
+    orders: dict[str, float],
+    amax: torch.Tensor,
+) -> Reading:
+    astray = _strays(stored, amax) > STRAYS
+    others = [missed for name, missed in orders.items() if name != nibbles]
+    nowhere = orders[nibbles] > max(FOLLOWS, min(others) - AHEAD)
+    evidence = [
+        _row("scale layout", layout, strays, codes.numel() // BLOCK, astray),
+        _row("nibble order", nibbles, orders, codes.numel() // BLOCK, nowhere),
+    ]
+    faults, doubts = [], [_what_the_scales_are(stored, amax)] if astray else []
+    if nowhere or orders[nibbles] > PARTLY:
+        doubts.append("codes follow their elements in no nibble order that is known")
+    if not nowhere and nibbles != "low nibble first":
+        faults.append(f"nibble order: {nibbles}")
+    if layout == "128x4":
+        faults.append("the scales lie in 128x4 tiles, not row by row")
+    elif layout not in SOUND_LAYOUTS:
+        faults.append(f"the scales lie as: {layout}")
+    return Reading(codes, stored, layout, nibbles, evidence, faults, doubts)
 
 
-def _outer(
-    given: torch.Tensor | None, amax: torch.Tensor, stored: torch.Tensor
-) -> tuple[OuterScale | None, str | None, str, dict[str, float]]:
-    """The outer scale in the reading that most scales support, with the share that does not."""
-    one = torch.ones(())
-    ratio = _log_ratio(stored, amax)
-    known = ~ratio.isnan()
-    tensor_amax = amax.where(amax.isfinite(), LARGEST_BF16).amax()
-    row_amax = amax.where(amax.isfinite(), LARGEST_BF16).amax(-1, keepdim=True)
-    readings: dict[str, tuple[torch.Tensor, bool]] = {}  # name -> g, and whether it is G's inverse
-    if given is None:
-        readings["none"] = (one, False)
-        readings["missing: amax of the tensor / 2688"] = (tensor_amax / 2688, False)
-        readings["missing: amax of the tensor / 1536"] = (tensor_amax / 1536, False)
-        readings["missing: amax of the token / 2688"] = (row_amax / 2688, False)
-    else:
-        if given.numel() not in (1, len(amax)):
-            raise ValueError(
-                f"outer is one number or one for each of {len(amax)} tokens, "
-                f"got {tuple(given.shape)}"
-            )
-        g = given.float().reshape(() if given.numel() == 1 else (-1, 1))
-        readings["decode"] = (g, False)
-        readings["encode"] = (one / g, True)
-        readings["given but not used"] = (one, False)
-    missed = {}
-    for name, (g, _) in readings.items():
-        off = (ratio - g.log2()).abs()[known]
-        off = torch.minimum(off, (off - math.log2(1.5)).abs())  # 4/6 takes half as much again
-        missed[name] = float((~(off < NEAR)).float().mean()) if len(off) else 0.0
-    best = min(missed, key=lambda name: missed[name])
-    if not known.any():  # no scale says anything: what was given is believed
-        best = next(iter(readings))
-    elif missed[best] > 0.7:  # a constant factor, as of a wrong calibration
-        first = next(iter(readings))
-        factor = _factor(readings[first][0], amax, stored)
-        name = f"{first}, but off by a factor of {factor:.6g}"
-        missed[name] = 0.0
-        readings[name] = (readings[first][0] * factor, False)
-        best = name
-    g, inverse = readings[best]
-    if best in ("none", "given but not used"):
-        return None, None, best, missed
-    encode = given.float().reshape(g.shape) if inverse and given is not None else one / g
-    per = "tensor" if g.ndim == 0 else "token"
-    return OuterScale(g, encode, tensor_amax if per == "tensor" else row_amax), per, best, missed
-
-
-def _factor(g: torch.Tensor, amax: torch.Tensor, stored: torch.Tensor) -> float:
-    """What g has to be multiplied by, as simple a ratio as every scale's rounding interval allows.
-
-    A scale byte b of a block says that amax / 6 / g lies between the midpoints around b.
-    """
-    usable = _usable(stored, amax)
-    steps = torch.tensor(E4M3.magnitudes)
-    code = stored[usable].int()
-    below, above = (steps[code] + steps[code - 1]) / 2, (steps[code] + steps[code + 1]) / 2
-    exact = (amax / 6 / g).expand_as(stored)[usable].double()
-    low, high = (
-        float((exact / above)[: 1 << 20].quantile(0.99)),
-        float((exact / below)[: 1 << 20].quantile(0.01)),
+def _with_outer(
+    reading: Reading, found: OuterReading, given: torch.Tensor | None, dtype: torch.dtype
+) -> Reading:
+    """The reading with its outer scale."""
+    rules = rules_of(given, found, dtype)
+    blocks = reading.scales.numel()
+    rows = [_row("outer scale", found.name, found.missed, blocks, found.misses > DOUBTFUL)]
+    if found.outer is not None and given is not None and not found.contradicts:
+        choice = rules[0] if rules else "none that is known: calibrated, or of another amax"
+        per = f"{choice} (one for each token)" if found.per == "token" else choice
+        verdict = "unclear" if not rules else "open" if rules[1:] else "supported"
+        row = _row("outer scale rule", per, {per: 0.0}, blocks, poor=False)
+        rows.append(row | {"verdict": verdict, "open": ", ".join(rules[1:])})
+    faults = list(reading.faults)
+    if found.fault and found.misses <= max(DOUBTFUL, min(found.missed.values())):
+        faults.append(found.fault)
+    return replace(
+        reading,
+        outer=found.outer,
+        outer_per=found.per,
+        outer_rules=rules,
+        outer_reading=found.name,
+        outer_given=given is not None,
+        evidence=[*reading.evidence, *rows],
+        faults=faults,
+        contradicted=reading.contradicted or found.contradicts,
     )
-    if low >= high:  # scales that no single factor explains
-        return float((exact / steps[code]).median())
-    middle = Fraction((low + high) / 2)
-    for size in range(1, 4097):
-        inverse = (1 / middle).limit_denominator(size)
-        for simple in (middle.limit_denominator(size), 1 / inverse if inverse else middle):
-            if low <= simple <= high:
-                return float(simple)
-    return float(middle)
 
 
-def _row(decision: str, choice: str, scores: dict[str, float], blocks: int) -> dict:
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.int32)
+
+
+def _row(decision: str, choice: str, scores: dict[str, float], blocks: int, poor: bool) -> dict:
     others = [name for name in scores if name != choice]
-    open_ = [name for name in others if scores[name] - scores[choice] < 1e-3]
+    open_ = [name for name in others if scores[name] - scores[choice] < CLOSE]
+    verdict = "unclear" if poor else "open" if open_ else "supported"
     return {
         "decision": decision,
         "choice": choice,
-        "verdict": "open" if open_ else "supported",
+        "verdict": verdict,
         "blocks": blocks,
         "elements": 0,
         "refuted": ", ".join(n for n in others if n not in open_),
