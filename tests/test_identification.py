@@ -7,13 +7,15 @@ May be changed: faults and combinations may be added. Each test draws its input 
 import itertools
 from dataclasses import replace
 
+import foreign_kernels as foreign
 import pytest
 import torch
+from foreign_kernels import kernel, of_tensor, of_token
 from safetensors.torch import save_file
 
 import nvfp4lab as nv
 from nvfp4lab import catalogue, cli, layouts
-from nvfp4lab.diagnose.decisions import with_choice
+from nvfp4lab.diagnose.decisions import DECISIONS, with_choice
 from nvfp4lab.rules import Elements, Outer, Scale, Specials
 
 NVFP4, TENSOR = catalogue.NVFP4, nv.recipe("nvfp4-tensor")
@@ -214,6 +216,146 @@ def test_an_approximate_reciprocal():
     assert not got.explained and got.causes[0].startswith("approximate division"), str(got)
 
 
+FOREIGN = {  # what a kernel that shares no code with us does -> the cause that comes first
+    "sound": ({}, None),
+    "ties to odd": ({"tie": "odd"}, "ties of elements: ties-to-odd"),
+    "ties to +Inf": ({"tie": "plus"}, "ties of elements: ties-up"),
+    "ties to -Inf": ({"tie": "minus"}, "ties of elements: ties-down"),
+    "elements cut": ({"tie": "cut"}, "ties of elements: toward-zero"),
+    "scales cut": ({"scale_tie": "cut"}, "scales round toward-zero"),
+    "scales up": ({"scale_tie": "ceil"}, "scales round up"),
+    "floor 2^-7": ({"floor": 2.0**-7}, "scales are never below 2^-7"),
+    "floor 2^-8": ({"floor": 2.0**-8}, "scales are never below 2^-8"),
+    "ceiling 240": ({"ceiling": 240.0}, "scales are never above 240"),
+    "divisor 7": ({"divisor": 7.0}, "scales are amax / 7, not amax / 6"),
+    "factor 1.02": ({"factor": 1.02}, "scales are 1.02 times amax / 6"),
+    "zero block 2^-9": ({"of_zero_block": 2.0**-9}, "a block of zeros gets the scale 2^-9"),
+    "unrounded, guarded": ({"unrounded": True}, "elements are divided by the unrounded scale"),
+    "unrounded, half away": (
+        {"unrounded": True, "tie": "away"},
+        "elements are divided by the unrounded scale",
+    ),
+    "elements forget": (
+        {"outer": of_tensor(), "order": "x / s"},
+        "elements are not divided by the outer scale",
+    ),
+    "scales forget": (
+        {"outer": of_tensor(), "scales_forget": True},
+        "scales are not divided by the outer scale",
+    ),
+    "FlashInfer's order": (
+        {"outer": of_tensor(), "order": "x * (G * (1 / s))"},
+        "elements are multiplied by a reciprocal",
+    ),
+    "no sign of zero": ({"zero_sign": "dropped"}, "the sign of elements of code 0: dropped"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_the_decision_of_a_foreign_kernel_comes_first(case):
+    decisions, cause = FOREIGN[case]
+    got = nv.identify(PROBE, **kernel(PROBE, **decisions))
+    assert got.explained, str(got)
+    assert got.causes[0].startswith(cause) if cause else not got.causes, str(got)
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+@pytest.mark.parametrize("name", ["smollm2", "v4-mini"])
+def test_nothing_false_is_said_on_real_activations(case, name):
+    """There the decision may not show; then nothing is said of it, and never of another."""
+    x = nv.activations(name)[1].hidden[:96]
+    decisions, cause = FOREIGN[case]
+    got = nv.identify(x, **kernel(x, **decisions))
+    assert got.explained, str(got)
+    alone = [cause] if cause else []
+    if case == "unrounded, half away":
+        alone.append("ties of elements: ties-away")
+    assert all(any(c.startswith(a) for a in alone) for c in got.causes), str(got)
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (of_token(), "of the token, n = 2688 (one for each token)"),
+        (foreign.power_of_two, "down to a power of two (one for each token)"),
+        (of_tensor(1536.0), "of the tensor, n = 1536"),
+        (lambda a: foreign.F32(0.05), "none that is known"),
+    ],
+)
+def test_the_rule_of_an_outer_scale(rule, text):
+    x = X[50:150] if text.startswith("none") else X
+    got = nv.identify(x, **kernel(x, outer=rule))
+    row = got.decisions.set_index("decision").loc["outer scale rule"]
+    assert got.explained and text in row["choice"], str(got)
+
+
+def test_a_recipe_with_another_outer_scale_is_not_named():
+    got = nv.identify(X, **kernel(X, outer=foreign.power_of_two))
+    assert got.explained and got.recipe.name.startswith("nvfp4 with an outer scale for each token")
+
+
+def test_one_number_for_all_tokens_is_told_from_one_for_each():
+    q = nv.quantize(X, "nvfp4-tensor")
+    assert q.outer is not None
+    got = identify(q, outer=q.outer.expand(len(X)).contiguous())
+    row = got.decisions.set_index("decision").loc["outer scale rule"]
+    assert got.explained and "of the tensor" in row["choice"]
+
+
+def test_a_buffer_that_holds_amax():
+    q = nv.quantize(X, "nvfp4-tensor")
+    got = identify(q, outer=X.float().abs().amax())
+    assert got.explained and got.causes == ["the outer scale is amax itself, not amax / 2688"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0, -1.0, float("inf")])
+def test_an_outer_scale_that_is_none(value):
+    got = identify(nv.quantize(X), outer=torch.tensor(value))
+    assert not got.explained and "zero, negative, NaN or Inf" in got.causes[0]
+
+
+SPOILED = {
+    "lost_signs": ("signs are lost", None),
+    "inverted_signs": ("signs are inverted", None),
+    "big_endian": ("nibble order: big-endian words, low nibble first", True),
+    "transposed_scales": ("the scales lie as: linear, transposed", True),
+    "transposed_words": ("the scales lie as: int32 words, transposed", True),
+    "padded_rows": ("the scales lie as: linear, padded to whole tiles", True),
+    "rolled_codes": ("codes follow their elements in no nibble order that is known", False),
+    "powers_of_two": ("the scale bytes are powers of two (E8M0), not E4M3", False),
+    "swapped_rows": ("no explanation for", False),
+    "stale_tail": ("no explanation for", False),
+    "flipped_bits": ("no explanation for 1 scale and 1 code", False),
+}
+
+
+@pytest.mark.parametrize("fault", SPOILED)
+def test_spoiled_buffers(fault):
+    """`explained`: True, False, or None where the bytes are but a buffer contradicts them."""
+    cause, explained = SPOILED[fault]
+    x = nv.activations("v4-mini")[1].hidden[:96, :512]
+    got = nv.identify(x, **getattr(foreign, fault)(kernel(x)))
+    assert got.causes[0].startswith(cause) and got.explained == bool(explained), str(got)
+    assert (got.unexplained == 0) == (explained is not False)
+
+
+@pytest.mark.parametrize(
+    ("fault", "place"),
+    [("swapped_rows", "all in rows 7, 40 of 96"), ("stale_tail", "all in rows 93 to 95 of 96")],
+)
+def test_what_is_left_is_said_to_be_where_it_is(fault, place):
+    x = nv.activations("v4-mini")[1].hidden[:96, :512]
+    assert place in nv.identify(x, **getattr(foreign, fault)(kernel(x))).causes[-1]
+
+
+def test_no_cause_rests_on_a_decision_that_is_open():
+    for x in (torch.zeros(1, 16), torch.randn(4, 64, generator=torch.Generator().manual_seed(3))):
+        got = nv.identify(x, **kernel(x, tie="away", order="x * (1 / (s * g))"))
+        open_ = got.decisions.query("verdict != 'supported'")
+        said = [decision.text(c) for decision in DECISIONS for c in open_["choice"]]
+        assert got.explained and not set(got.causes) & set(said), str(got)
+
+
 COMBINATIONS = list(
     itertools.product(
         ("ties-to-even", "ties-away", "up"),
@@ -276,6 +418,8 @@ def test_one_flipped_code_is_seen():
         ({"scales": torch.zeros(4, 8)}, TypeError, "scales are bytes or int32 words"),
         ({"scales": torch.zeros(3, 8, dtype=torch.uint8)}, ValueError, r"got \(3, 8\) torch.uint8"),
         ({"outer": torch.ones(3)}, ValueError, r"one for each of 200 tokens, got \(3,\)"),
+        ({"outer": torch.ones(()).double()}, TypeError, "outer is float32 .*got torch.float64"),
+        ({"codes": None}, TypeError, "codes is a torch.Tensor, got NoneType"),
     ],
 )
 def test_refuses(buffers, error, message):

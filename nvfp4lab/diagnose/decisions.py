@@ -249,8 +249,8 @@ def suggested(output: Output) -> dict[str, tuple]:
     if factor is not None and factor != 1:
         found["scale.factor"] = (1 / factor,)
         divisor = 6 * factor
-        near = round(divisor * 8) / 8
-        found["scale.divisor"] = (near if abs(near / divisor - 1) < 2.0**-7 else divisor,)
+        if abs(round(divisor) / divisor - 1) < 1e-6:
+            found["scale.divisor"] = (float(round(divisor)),)
     return {path: values for path, values in found.items() if values}
 
 

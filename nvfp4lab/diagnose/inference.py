@@ -49,6 +49,7 @@ def named_recipes(reading: Reading) -> list[Recipe]:
             outer = replace(recipe.outer, per=reading.outer_per)
         else:
             outer = Outer(per=reading.outer_per)  # type: ignore[arg-type]
+            recipe = replace(recipe, scale=replace(recipe.scale, formula="amax / d / g"))
         found.append(replace(recipe, outer=outer))
     return found
 

@@ -26,6 +26,7 @@ DOUBTFUL = 0.1  # share of blocks that contradict a reading above which it is do
 LARGER = math.log2(1.5)  # 4/6 takes half as much again
 ENOUGH = 8  # blocks that a constant factor must rest on
 NOT_USED = "given but not used"
+NO_SCALE = "outer scale holds values that are none: zero, negative, NaN or Inf"
 FAULTS = {  # a reading that is not here is a fault under its own name
     "none": "",
     "decode": "",

@@ -19,6 +19,7 @@ from nvfp4lab.codec import iter_blocks
 from nvfp4lab.diagnose.outer_reading import (
     DOUBTFUL,
     LARGER,
+    NO_SCALE,
     OuterReading,
     exact_outers,
     log_ratio,
@@ -223,13 +224,11 @@ def _silent(stored: torch.Tensor, amax: torch.Tensor) -> float:
     return float((says & (stored == 0)).sum() / max(1, int(says.sum())))
 
 
-def _what_the_scales_are(stored: torch.Tensor, amax: torch.Tensor) -> str:
-    """What to say where no layout makes the scales follow their blocks' amax."""
+def _powers_of_two(stored: torch.Tensor, amax: torch.Tensor) -> bool:
+    """Whether the scale bytes follow amax as E8M0, an octave a step."""
     says = (amax > 0) & amax.isfinite() & (stored > 0)
     off = (amax.log2() - (stored.float() - 127))[says]
-    if len(off) and ((off - off.median()).abs() <= 1.1).float().mean() > 0.98:
-        return "the scale bytes are powers of two (E8M0), not E4M3"
-    return "the scales follow their blocks' amax under no layout that is known"
+    return len(off) > 0 and bool(((off - off.median()).abs() <= 1.1).float().mean() > 0.98)
 
 
 def _nibble_orders(
@@ -310,7 +309,11 @@ def _reading(
         _row("scale layout", layout, strays, codes.numel() // BLOCK, astray),
         _row("nibble order", nibbles, orders, codes.numel() // BLOCK, nowhere),
     ]
-    faults, doubts = [], [_what_the_scales_are(stored, amax)] if astray else []
+    faults, doubts = [], []
+    if _powers_of_two(stored, amax):
+        doubts.append("the scale bytes are powers of two (E8M0), not E4M3")
+    elif astray:
+        doubts.append("the scales follow their blocks' amax under no layout that is known")
     if nowhere or orders[nibbles] > PARTLY:
         doubts.append("codes follow their elements in no nibble order that is known")
     if not nowhere and nibbles != "low nibble first":
@@ -336,7 +339,9 @@ def _with_outer(
         row = _row("outer scale rule", per, {per: 0.0}, blocks, poor=False)
         rows.append(row | {"verdict": verdict, "open": ", ".join(rules[1:])})
     faults = list(reading.faults)
-    if found.fault and found.misses <= max(DOUBTFUL, min(found.missed.values())):
+    if found.contradicts and given is not None and not (given.isfinite() & (given > 0)).all():
+        faults.append(NO_SCALE)
+    elif found.fault and found.misses <= max(DOUBTFUL, min(found.missed.values())):
         faults.append(found.fault)
     return replace(
         reading,
