@@ -9,7 +9,6 @@ is named where the plain choice is refuted, never because a named recipe happens
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -18,17 +17,16 @@ import torch
 from nvfp4lab import catalogue
 from nvfp4lab.diagnose.decisions import DECISIONS, default_of, plain, suggested
 from nvfp4lab.diagnose.inference import Fit, evidence, named_recipes
+from nvfp4lab.diagnose.leftovers import causes_of, count, counts, near_ties, tells
 from nvfp4lab.diagnose.observed import Observed, Output
 from nvfp4lab.diagnose.probing import probe
 from nvfp4lab.diagnose.reading import BLOCK, Reading, read
-from nvfp4lab.formats import E2M1, E4M3
 from nvfp4lab.quantized import DTYPES
 from nvfp4lab.rules import Recipe
 
 ROUNDS = 2  # times that blocks which are not explained join the sample
 ADDED = 1536  # of them, at most, each time
 READINGS = 3  # readings of the buffers that are fitted
-LISTED = 8  # rows of an input that are named
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,10 @@ class Identification:
         if not self.unexplained:
             others = f" (as well as by {', '.join(self.names[1:])})" if self.names[1:] else ""
             fits = "" if self.explained else "; but a buffer contradicts them: see the first cause"
-            what = f"every scale and code of {_count(self.blocks, 'block')}{fits}"
+            what = f"every scale and code of {count(self.blocks, 'block')}{fits}"
             return f"explained by {self.recipe.name}{others}: {what}"
-        wrong = _counts(self.unexplained_scales, self.unexplained_codes)
-        of = _count(self.blocks, "block")
+        wrong = counts(self.unexplained_scales, self.unexplained_codes)
+        of = count(self.blocks, "block")
         return f"not explained; nearest {self.recipe.name}: {wrong} of {of} differ"
 
     def to_json(self) -> str:
@@ -191,7 +189,7 @@ def _infer(output: Output) -> Identification:
     scales, codes = output.unexplained(best)
     for _ in range(ROUNDS):
         more = (scales | (codes > 0)).nonzero()[:, 0]
-        if not len(more) or not _tells(scales, codes):
+        if not len(more) or not tells(scales, codes):
             break
         more = more[torch.linspace(0, len(more) - 1, min(ADDED, len(more))).long()]
         if torch.isin(more, sample).all():
@@ -205,12 +203,12 @@ def _infer(output: Output) -> Identification:
 
     names: list[str] = []
     nearness = ""
-    if not _tells(scales, codes):  # what fits so little says nothing
+    if not tells(scales, codes):  # what fits so little says nothing
         plain_ones = [r for r in named_recipes(output.reading) if r.search is None]
         best = min(plain_ones, key=Fit(seen, {}).wrong)
         names, (scales, codes) = [best.name], output.unexplained(best)
     elif codes.any():
-        best, scales, codes, nearness = _near_ties(output, best, scales, codes)
+        best, scales, codes, nearness = near_ties(output, best, scales, codes)
     wrong_scales, wrong_codes = int(scales.sum()), int(codes.sum())
     rows = pd.DataFrame([*output.reading.evidence, *evidence(seen, best, suggestions)])
     apart = [text for text in rows.pop("sets_apart").fillna("") if text]
@@ -219,7 +217,7 @@ def _infer(output: Output) -> Identification:
     if explained:
         names = _names(output, seen, best)
         label = _labelled(best, names, output.reading)
-    causes = _causes(output, apart, nearness, scales, codes)
+    causes = causes_of(output, apart, nearness, scales, codes)
     return Identification(
         explained and not output.reading.contradicted,
         label,
@@ -235,11 +233,6 @@ def _infer(output: Output) -> Identification:
         bool(nearness) and not wrong_scales,
         output.x.shape == (256, 512) and torch.equal(output.x, probe(output.x.dtype)),
     )
-
-
-def _tells(scales: torch.Tensor, codes: torch.Tensor) -> bool:
-    """Whether enough is explained for the rest to be an exception."""
-    return max(float(scales.float().mean()), float(codes.float().mean()) / BLOCK) < 0.25
 
 
 def _names(output: Output, seen: Observed, best: Recipe) -> list[str]:
@@ -282,110 +275,3 @@ def _ranking(seen: Observed, reading: Reading) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).sort_values(["scales", "codes"], ascending=False, ignore_index=True)
-
-
-def _causes(
-    output: Output,
-    apart: list[str],
-    nearness: str,
-    scales: torch.Tensor,
-    codes: torch.Tensor,
-) -> list[str]:
-    """What sets the bytes apart, the gravest first; last, what is left and where."""
-    reading, amax, tells = output.reading, output.amax, _tells(scales, codes)
-    causes = [*(reading.faults if tells else reading.doubts or reading.faults), *apart]
-    nan_scales = (output.stored & 0x7F == E4M3.nan_code).any()
-    if bool((amax == 0).all()) and reading.outer_given and nan_scales:
-        causes.insert(0, "an all-zero input: its outer scale is 0 or Inf, its scales NaN")
-    wrong_scales, wrong_codes = int(scales.sum()), int(codes.sum())
-    if nearness:
-        causes.insert(len(reading.faults), nearness.format(_count(wrong_codes, "code")))
-    if wrong_scales + (0 if nearness else wrong_codes):
-        left, where = _counts(wrong_scales, wrong_codes), _where(output, scales | (codes > 0))
-        causes.append(f"no explanation for {left}{where}")
-    return causes
-
-
-def _where(output: Output, wrong: torch.Tensor) -> str:
-    """What the blocks that are wrong have in common: their values, their scales, or their place."""
-    index = wrong.nonzero()[:, 0]
-    amax, stored = output.amax[index], output.stored[index, 0]
-    kinds = {
-        "blocks of zeros": amax == 0,
-        "blocks with a NaN or Inf": ~output.at(index).x.isfinite().all(-1),
-        "under a zero scale": stored == 0,
-        "under a subnormal scale": (stored > 0) & (stored < 8),
-        "under the largest scale": stored == E4M3.code_of_max,
-        "under a NaN scale": stored & 0x7F == E4M3.nan_code,
-        f"with an amax of at most {amax.max():.3g}": torch.full_like(
-            wrong[:1], not ((output.amax <= amax.max()) & ~wrong & (output.amax > 0)).any()
-        ),
-    }
-    for kind, of_kind in kinds.items():
-        if of_kind.all():
-            return f", all {kind}"
-    grid = wrong.view(output.rows, output.columns)
-    for what, axis, total in (("row", 1, output.rows), ("block column", 0, output.columns)):
-        index = grid.any(axis).nonzero()[:, 0].tolist()
-        if len(index) == 1 or len(index) <= 0.1 * total:
-            span = index[-1] - index[0] + 1 == len(index) > 1
-            shown = f"{index[0]} to {index[-1]}" if span else ", ".join(map(str, index[:LISTED]))
-            more = "" if span or len(index) <= LISTED else f" and {len(index) - LISTED} more"
-            return f", all in {what}{'s' * (len(index) > 1)} {shown}{more} of {total}"
-    return ""
-
-
-def _near_ties(
-    output: Output, best: Recipe, scales: torch.Tensor, codes: torch.Tensor
-) -> tuple[Recipe, torch.Tensor, torch.Tensor, str]:
-    """If every code that the recipe, or else its plainest form, does not give is next to a tie:
-    that recipe, what it leaves unexplained, and how near they are, with {} for their number."""
-    plain_elements = replace(
-        best.elements, rounding="ties-to-even", formula="x / (s * g)", overflow="saturate"
-    )
-    plainest = replace(best, elements=plain_elements)
-    text = _nearness(output, best, codes)
-    if text or plainest == best:
-        return best, scales, codes, text
-    left = output.unexplained(plainest)
-    few = int(left[1].sum()) < 0.05 * output.codes.numel()
-    if few and left[1].any() and (text := _nearness(output, plainest, left[1])):
-        return plainest, *left, text
-    return best, scales, codes, ""
-
-
-def _nearness(output: Output, recipe: Recipe, wrong_codes: torch.Tensor) -> str:
-    """How near to ties the codes are that the recipe does not give; empty where some are not next
-    to their quotient."""
-    steps = torch.tensor(E2M1.magnitudes[: E2M1.code_of_max + 1], dtype=torch.float64)
-    piece = output.at(wrong_codes.nonzero()[: 1 << 18, 0])
-    codes = piece.element_codes(recipe)
-    wrong = codes != piece.codes
-    got, want = (steps[(c[wrong] & 7).long()] for c in (piece.codes, codes))
-    before = piece.prepared(recipe)
-    s = E4M3.decode(piece.stored).double() * before.outer.decode.double()
-    quotient = (before.x.double() / s).abs()[wrong]
-    low, high = torch.minimum(got, want), torch.maximum(got, want)
-    adjacent = torch.searchsorted(steps, high) - torch.searchsorted(steps, low) == 1
-    if not (adjacent & (low <= quotient) & (quotient <= high)).all():
-        return ""
-    farthest = float((quotient / ((low + high) / 2) - 1).abs().max())
-    if farthest == 0:
-        return "another tie rule, or approximate division: all {} that differ are exact ties"
-    if farthest <= 4 * 2.0**-23:
-        return "approximate division: all {} that differ are within 4 float32 ulp of a tie"
-    if farthest <= 2.0**-6:
-        near = f"2^{math.ceil(math.log2(farthest))}"
-        return f"division of low precision: all {{}} that differ are within {near} of a tie"
-    return (
-        "rounded at random, or by an unknown rule: all {} that differ are one of the two values "
-        "around their quotient"
-    )
-
-
-def _counts(scales: int, codes: int) -> str:
-    return f"{_count(scales, 'scale')} and {_count(codes, 'code')}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"

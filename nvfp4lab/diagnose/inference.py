@@ -15,6 +15,7 @@ from nvfp4lab import catalogue
 from nvfp4lab.diagnose.decisions import (
     DECISIONS,
     DECODINGS,
+    NUMBERS,
     WITHOUT_OUTER,
     Decision,
     choices,
@@ -186,8 +187,8 @@ class Fit:
         current, default = decision.of(recipe), default_of(decision)
         if current == default or decision.path.startswith("outer"):
             return []
-        every = type(getattr(recipe, decision.path.partition(".")[0])).choices()
-        named = every.get(decision.path.partition(".")[2], ())
+        part, _, name = decision.path.partition(".")
+        named = NUMBERS.get(decision.path) or type(getattr(recipe, part)).choices().get(name, ())
         before = named[: named.index(current)] if current in named else ()
         allowed = self._choices(decision, recipe)
         return [default, *(c for c in before if c in allowed and c != default)]
