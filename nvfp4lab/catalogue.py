@@ -52,7 +52,8 @@ _SEED = Recipe(
 _MXFP4 = Recipe(
     "mxfp4-floor",
     "Power-of-two scales 2**(floor(log2 amax) - 2): the block's largest may saturate.",
-    "OCP Microscaling Formats 1.0, section 6.3",
+    "OCP Microscaling Formats 1.0, section 6.3; torchao 0.18.0, torchao/prototype/mx_formats/"
+    "mx_tensor.py, FLOOR",
     Scale(format=E8M0, block=32, divisor=4.0, rounding="down"),
 )
 
@@ -150,14 +151,14 @@ _RECIPES = {
             _MXFP4,
             name="mxfp4-ceil",
             summary="Power-of-two scales 2**ceil(log2(amax / 6)): nothing saturates.",
-            source="DeepGEMM and FP4 training practice; the scale of amax / 6 rounded up",
+            source="torchao 0.18.0, torchao/prototype/mx_formats/mx_tensor.py, RCEIL; DeepGEMM",
             scale=Scale(format=E8M0, block=32, rounding="up"),
         ),
         replace(
             _MXFP4,
             name="mxfp4-even",
             summary="As floor, of amax rounded to one mantissa bit: up from 1.75 * 2**n.",
-            source="AMD Quark and torchao's EVEN scaling mode",
+            source="torchao 0.18.0, torchao/prototype/mx_formats/mx_tensor.py, EVEN; AMD Quark",
             scale=Scale(format=E8M0, block=32, divisor=4.0, rounding="up-from-three-quarters"),
         ),
         Recipe(

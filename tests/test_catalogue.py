@@ -194,7 +194,8 @@ def test_four_over_six_takes_the_larger_scale_just_where_that_is_better():
 
 def test_every_peer_is_in_the_table_of_conformance():
     of_peers = set(nv.recipes()[15:])
-    assert of_peers | {"cublas", "mxfp8-deepseek-v4"} == set(CONFORMANCE["recipes"])
+    of_formats = {"cublas", "mxfp8-deepseek-v4", "mxfp4-floor", "mxfp4-ceil", "mxfp4-even"}
+    assert of_peers | of_formats == set(CONFORMANCE["recipes"])
 
 
 def test_what_differs_from_an_installed_peer_has_a_reason():

@@ -35,6 +35,19 @@ def torchao(x):
     return layouts.unpack_nibbles(codes), scales.view(torch.uint8), g
 
 
+def torchao_mx(mode):
+    def quantize(x):
+        from torchao.prototype.mx_formats.config import ScaleCalculationMode
+        from torchao.prototype.mx_formats.mx_tensor import to_mx
+
+        mode_ = getattr(ScaleCalculationMode, mode)
+        scales, codes = to_mx(x.contiguous(), torch.float4_e2m1fn_x2, 32, mode_)
+        codes = layouts.unpack_nibbles(codes.view(torch.uint8)).view(x.shape)
+        return codes, scales.view(torch.uint8).view(len(x), -1), None
+
+    return quantize
+
+
 def modelopt(x):
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
@@ -122,6 +135,9 @@ def gguf_decode(superblocks):
 BF16, FP32 = torch.bfloat16, torch.float32
 PEERS = (
     Peer("torchao", "torchao", torchao, (BF16, FP32)),
+    Peer("mxfp4-floor", "torchao", torchao_mx("FLOOR"), (BF16, FP32)),
+    Peer("mxfp4-ceil", "torchao", torchao_mx("RCEIL"), (BF16, FP32)),
+    Peer("mxfp4-even", "torchao", torchao_mx("EVEN"), (BF16, FP32)),
     Peer("modelopt", "nvidia-modelopt", modelopt),
     Peer("compressed-tensors", "compressed-tensors", compressed_tensors),
     Peer("fouroversix", "fouroversix", fouroversix("mse")),

@@ -27,7 +27,20 @@ BY_SOURCE = "by source only"  # as the catalogue says of a recipe whose peer no 
 _SIGN = "the peer's 0x7F or 0xFF follows the sign that its vector code leaves on a NaN"
 _CAST = "NaN cast to int8, which C leaves undefined: code 7 from bfloat16, 0 from the others"
 _OWN = "the sign of the one NaN element: the peer's vector and scalar loops leave different ones"
+_MX_INF = "the block of an Inf: the peer takes its exponent for 128, one below what saturates"
+_MX_NAN = "a block under a NaN scale: the peer keeps zeros there, we write 7; the format has no rule"
 KNOWN = {
+    **{
+        (recipe, "Inf", dtype): (0, 1, _MX_INF)
+        for recipe in ("mxfp4-floor", "mxfp4-even")
+        for dtype in ("bfloat16", "float32")
+    },
+    **{
+        (f"mxfp4-{mode}", case, dtype): (32, 0, _MX_NAN)
+        for mode in ("floor", "ceil", "even")
+        for case in ("NaN", "-NaN")
+        for dtype in ("bfloat16", "float32")
+    },
     ("torchao", "NaN", "bfloat16"): (1, 0, _OWN),
     ("torchao", "-NaN", "bfloat16"): (1, 0, _OWN),
     ("torchao", "-NaN", "float32"): (1, 0, _OWN),
