@@ -27,8 +27,8 @@ BY_SOURCE = "by source only"  # as the catalogue says of a recipe whose peer no 
 _SIGN = "the peer's 0x7F or 0xFF follows the sign that its vector code leaves on a NaN"
 _CAST = "NaN cast to int8, which C leaves undefined: code 7 from bfloat16, 0 from the others"
 _OWN = "the sign of the one NaN element: the peer's vector and scalar loops leave different ones"
-_MX_INF = "the block of an Inf: the peer takes its exponent for 128, one below what saturates"
-_MX_NAN = "a block under a NaN scale: the peer keeps zeros there, we write 7; the format has no rule"
+_MX_INF = "the block of an Inf: the peer takes Inf for 2^128, byte 253; ours saturates at 254"
+_MX_NAN = "a block under a NaN scale: the peer keeps zeros, we write 7; the format has no rule"
 KNOWN = {
     **{
         (recipe, "Inf", dtype): (0, 1, _MX_INF)
