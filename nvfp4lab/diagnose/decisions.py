@@ -265,8 +265,8 @@ def plain(choice: Any) -> str:
     """A choice in a report: powers of two as such, codes in hexadecimal."""
     if isinstance(choice, Search):
         return f"{choice.criterion} over factors {choice.factors}, {choice.decoding}"
-    if isinstance(choice, bool) or choice is None:
-        return "as arithmetic gives it" if choice is None else str(choice)
+    if choice is None:
+        return "none"
     if isinstance(choice, int):
         return f"0x{choice:02X}"
     if isinstance(choice, float):

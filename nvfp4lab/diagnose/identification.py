@@ -213,14 +213,12 @@ def _infer(output: Output) -> Identification:
     rows = pd.DataFrame([*output.reading.evidence, *evidence(seen, best, suggestions)])
     apart = [text for text in rows.pop("sets_apart").fillna("") if text]
     explained = not wrong_scales + wrong_codes
-    label = _labelled(best, names, output.reading)
     if explained:
         names = _names(output, seen, best)
-        label = _labelled(best, names, output.reading)
     causes = causes_of(output, apart, nearness, scales, codes)
     return Identification(
         explained and not output.reading.contradicted,
-        label,
+        _labelled(best, names, output.reading),
         names if explained else [],
         output.reading,
         rows,
