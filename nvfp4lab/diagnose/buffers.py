@@ -21,9 +21,13 @@ def _by_halves(packed: torch.Tensor) -> torch.Tensor:
     return torch.cat([blocks & 0xF, blocks >> 4], -1).flatten(-2)
 
 
+def _other_way_round(bytes_: torch.Tensor) -> torch.Tensor:
+    return bytes_.unflatten(-1, (-1, 4)).flip(-1).flatten(-2)
+
+
 def _big_endian(packed: torch.Tensor) -> torch.Tensor:
     """The bytes of each 32-bit word the other way round."""
-    return layouts.unpack_nibbles(packed.unflatten(-1, (-1, 4)).flip(-1).flatten(-2))
+    return layouts.unpack_nibbles(_other_way_round(packed))
 
 
 NIBBLE_ORDERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -53,7 +57,9 @@ def scale_layouts(scales: torch.Tensor, rows: int, columns: int) -> dict[str, to
     if scales.dtype in (torch.int32, torch.uint32):
         words = scales.contiguous().view(torch.int32)
         if columns % 4 == 0 and words.numel() == rows * columns // 4:
-            found["mega_moe int32 words"] = layouts.from_words(words.reshape(rows, -1))
+            bytes_ = layouts.from_words(words.reshape(rows, -1))
+            found["mega_moe int32 words"] = bytes_
+            found["int32 words, big-endian"] = _other_way_round(bytes_)
             if words.shape == (columns // 4, rows):
                 found["int32 words, transposed"] = layouts.from_words(words.T.contiguous())
         if columns % 4 == 0 and words.numel() == high * columns // 4:
@@ -66,6 +72,8 @@ def scale_layouts(scales: torch.Tensor, rows: int, columns: int) -> dict[str, to
         bytes_ = scales.contiguous().view(torch.uint8)
         if scales.numel() == rows * columns:
             found["linear"] = bytes_.reshape(rows, columns)
+            if columns % 4 == 0:
+                found["linear, words big-endian"] = _other_way_round(found["linear"])
             found["linear, transposed"] = bytes_.reshape(columns, rows).T.contiguous()
         if scales.numel() == high * wide:
             found["128x4"] = layouts.from_tiles(bytes_, rows, columns)
@@ -76,8 +84,9 @@ def scale_layouts(scales: torch.Tensor, rows: int, columns: int) -> dict[str, to
         raise TypeError(f"scales are bytes or int32 words, got {scales.dtype}")
     if not found:
         raise ValueError(
-            f"{rows} x {columns} scales are as many bytes, {high * wide} bytes in 128x4 tiles, or "
-            f"int32 words of four; got {tuple(scales.shape)} {scales.dtype}"
+            f"{rows} x {columns} scales, E4M3 for blocks of {BLOCK}, are as many bytes, "
+            f"{high * wide} bytes in 128x4 tiles, or int32 words of four; got "
+            f"{tuple(scales.shape)} {scales.dtype}"
         )
     return found
 

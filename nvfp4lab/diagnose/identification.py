@@ -71,12 +71,14 @@ class Identification:
         rows = open_.to_dict("records")
         left = "".join(f"\n  {r['decision']}: {r['choice']}, or {r['open']}" for r in rows)
         advice = "" if self.of_probe or not left else f"\n  {ADVICE}"
+        ranking = self.ranking.head(5).to_string(index=False)
         return (
             f"{self._verdict()}\nwhat sets it apart:{causes or ' nothing'}\n\n"
             f"decisions ({self.sampled} blocks looked at closely; counts are against the nearest "
-            f"other choice)\n{table.to_string(index=False)}\n"
+            f"refuted choice)\n{table.to_string(index=False)}\n"
             + (f"\nleft open by this input:{left}{advice}\n" if left else "")
-            + f"\nnamed recipes, shares explained\n{self.ranking.head(5).to_string(index=False)}\n"
+            + (f"\n{COMPARE}\n" if self.unexplained else "")
+            + f"\nnamed recipes under the outer scale that was found, shares explained\n{ranking}\n"
         )
 
     def _verdict(self) -> str:
@@ -94,7 +96,8 @@ class Identification:
         return json.dumps(
             {
                 "explained": self.explained,
-                "recipe": self.recipe.name,
+                "recipe": self.recipe.name if self.explained else None,
+                "nearest": self.recipe.name,
                 "names": self.names,
                 "causes": self.causes,
                 "blocks": self.blocks,
@@ -107,6 +110,10 @@ class Identification:
         )
 
 
+COMPARE = (
+    "block by block: nvfp4lab.compare(nvfp4lab.Quantized.from_buffers(codes, scales, recipe=r), "
+    "nvfp4lab.quantize(x, r), x)"
+)
 ADVICE = "the kernel's output for nvfp4lab.probe() would tell: its blocks separate the decisions"
 
 
@@ -159,11 +166,12 @@ def identify(
 def _checked(x, codes, scales, outer):
     for name, tensor in (("x", x), ("codes", codes), ("scales", scales)):
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} is a torch.Tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x is bfloat16, float16 or float32, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] % BLOCK or not x.numel():
-        raise ValueError(f"x is (..., K) with K a multiple of {BLOCK}, got {tuple(x.shape)}")
+        shape = tuple(x.shape)
+        raise ValueError(f"x is (..., K), not empty, with K a multiple of {BLOCK}, got {shape}")
     if isinstance(outer, (int, float)):
         outer = torch.tensor(float(outer))
     if outer is not None:

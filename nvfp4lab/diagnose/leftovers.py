@@ -17,6 +17,8 @@ from nvfp4lab.formats import E2M1, E4M3
 from nvfp4lab.rules import Recipe
 
 LISTED = 8  # rows of an input that are named
+DOUBTED = 0.2  # share of scales or codes that is unexplained above which their reading is doubted
+RANDOM = 0.005  # share of codes below which differing ones are exceptions, not a way of rounding
 
 
 def tells(scales: torch.Tensor, codes: torch.Tensor) -> bool:
@@ -32,22 +34,26 @@ def causes_of(
     codes: torch.Tensor,
 ) -> list[str]:
     """What sets the bytes apart, the gravest first; last, what is left and where."""
-    reading, amax, most_fits = output.reading, output.amax, tells(scales, codes)
-    causes = [*(reading.faults if most_fits else reading.doubts or reading.faults), *apart]
+    reading, amax = output.reading, output.amax
+    share = float(scales.float().mean()), float(codes.float().mean()) / BLOCK
+    doubts = [text for part, text in reading.doubts if share[part == "codes"] > DOUBTED]
+    causes = [*(doubts or reading.faults), *apart]
     nan_scales = (output.stored & 0x7F == E4M3.nan_code).any()
     if bool((amax == 0).all()) and reading.outer_given and nan_scales:
         causes.insert(0, "an all-zero input: its outer scale is 0 or Inf, its scales NaN")
     wrong_scales, wrong_codes = int(scales.sum()), int(codes.sum())
+    where = _where(output, scales | (codes > 0))
     if nearness:
-        causes.insert(len(reading.faults), nearness.format(count(wrong_codes, "code")))
+        causes.insert(len(reading.faults), nearness.format(count(wrong_codes, "code")) + where)
     if wrong_scales + (0 if nearness else wrong_codes):
-        left, where = counts(wrong_scales, wrong_codes), _where(output, scales | (codes > 0))
-        causes.append(f"no explanation for {left}{where}")
+        causes.append(f"no explanation for {counts(wrong_scales, wrong_codes)}{where}")
     return causes
 
 
 def _where(output: Output, wrong: torch.Tensor) -> str:
     """What the blocks that are wrong have in common: their values, their scales, or their place."""
+    if not wrong.any():
+        return ""
     index = wrong.nonzero()[:, 0]
     amax, stored = output.amax[index], output.stored[index, 0]
     kinds = {
@@ -57,22 +63,22 @@ def _where(output: Output, wrong: torch.Tensor) -> str:
         "under a subnormal scale": (stored > 0) & (stored < 8),
         "under the largest scale": stored == E4M3.code_of_max,
         "under a NaN scale": stored & 0x7F == E4M3.nan_code,
-        f"with an amax of at most {amax.max():.3g}": torch.full_like(
-            wrong[:1], not ((output.amax <= amax.max()) & ~wrong & (output.amax > 0)).any()
-        ),
     }
-    for kind, of_kind in kinds.items():
-        if of_kind.all():
-            return f", all {kind}"
+    if 2 * len(index) < len(wrong):
+        smaller = (output.amax <= amax.max()) & ~wrong & (output.amax > 0)
+        kinds[f"with an amax of at most {amax.max():.3g}"] = ~smaller.any().expand_as(amax)
+    found = ""
     grid = wrong.view(output.rows, output.columns)
     for what, axis, total in (("row", 1, output.rows), ("block column", 0, output.columns)):
-        index = grid.any(axis).nonzero()[:, 0].tolist()
-        if len(index) == 1 or len(index) <= 0.1 * total:
-            span = index[-1] - index[0] + 1 == len(index) > 1
-            shown = f"{index[0]} to {index[-1]}" if span else ", ".join(map(str, index[:LISTED]))
-            more = "" if span or len(index) <= LISTED else f" and {len(index) - LISTED} more"
-            return f", all in {what}{'s' * (len(index) > 1)} {shown}{more} of {total}"
-    return ""
+        places = grid.any(axis).nonzero()[:, 0].tolist()
+        if len(places) == 1 or len(places) <= 0.1 * total:
+            span = places[-1] - places[0] + 1 == len(places) > 1
+            shown = f"{places[0]} to {places[-1]}" if span else ", ".join(map(str, places[:LISTED]))
+            more = "" if span or len(places) <= LISTED else f" and {len(places) - LISTED} more"
+            found = f", all in {what}{'s' * (len(places) > 1)} {shown}{more} of {total}"
+            break
+    kind = next((f", all {kind}" for kind, of_kind in kinds.items() if of_kind.all()), "")
+    return found + kind
 
 
 def near_ties(
@@ -111,15 +117,20 @@ def _nearness(output: Output, recipe: Recipe, wrong_codes: torch.Tensor) -> str:
         return ""
     farthest = float((quotient / ((low + high) / 2) - 1).abs().max())
     if farthest == 0:
-        return "another tie rule, or approximate division: all {} that differ are exact ties"
+        return "another tie rule, or approximate division: {} differ, each at an exact tie"
     if farthest <= 4 * 2.0**-23:
-        return "approximate division: all {} that differ are within 4 float32 ulp of a tie"
+        return "approximate division: {} differ, each within 4 float32 ulp of a tie"
     if farthest <= 2.0**-6:
         near = f"2^{math.ceil(math.log2(farthest))}"
-        return f"division of low precision: all {{}} that differ are within {near} of a tie"
+        return f"division of low precision: {{}} differ, each within {near} of a tie"
+    if int(wrong_codes.sum()) < RANDOM * output.codes.numel():
+        return ""
+    if len(low.unique()) == 1 and len(got.unique()) == 1:
+        span = f"{float(quotient.min()):.6g} to {float(quotient.max()):.6g}"
+        return f"another threshold: {{}} differ, of quotients {span}, each rounded to {got[0]:g}"
     return (
-        "rounded at random, or by an unknown rule: all {} that differ are one of the two values "
-        "around their quotient"
+        "rounded at random, or by an unknown rule: {} differ, each one of the two values around "
+        "its quotient"
     )
 
 

@@ -60,7 +60,7 @@ class OuterReading:
     @property
     def contradicts(self) -> bool:
         """Whether the values that were given cannot be what the scales were made under."""
-        return self.name == NOT_USED or "off by" in self.name
+        return self.name == NOT_USED or "times too" in self.name
 
 
 def of_named_rules() -> list[Outer]:
@@ -75,7 +75,7 @@ _RULES = of_named_rules()
 
 
 def read_outer(
-    given: torch.Tensor | None, amax: torch.Tensor, stored: torch.Tensor
+    given: torch.Tensor | None, amax: torch.Tensor, stored: torch.Tensor, dtype: torch.dtype
 ) -> list[OuterReading]:
     """The readings of the outer scale that some blocks bear out, the likeliest first.
 
@@ -90,6 +90,8 @@ def read_outer(
         readings["missing: amax of the tensor / 2688"] = of_tensor / 2688
         readings["missing: amax of the tensor / 1536"] = of_tensor / 1536
         readings["missing: amax of the token / 2688"] = of_tokens / 2688
+        powers = outer_from_amax(of_tokens, Outer("token", rounding="up to a power of two"), dtype)
+        readings["missing: amax of the token / 2688, up to a power of two"] = powers.decode
     else:
         g = given.reshape(() if given.numel() == 1 else (-1, 1))
         readings["decode"] = g
@@ -104,7 +106,8 @@ def read_outer(
         decode = given.reshape(() if given.numel() == 1 else (-1, 1))
         off = simple_factor(decode, amax, stored)
         if off is not None and (scaled := _contradicted(decode * off, amax, stored)) < DOUBTFUL:
-            name = f"decode, but off by a factor of {off:.6g}"
+            wrong = f"{1 / off:.6g} times too large" if off < 1 else f"{off:.6g} times too small"
+            name = f"decode, but {wrong}"
             readings[name], missed[name] = decode * off, scaled
     order = sorted(readings, key=lambda name: missed[name])
     first = next(iter(readings))
@@ -140,8 +143,6 @@ def exact_outers(found: OuterReading, dtype: torch.dtype) -> Iterator[OuterReadi
     for rule in _RULES:
         outer = outer_from_amax(found.outer.amax, replace(rule, per=found.per), dtype)  # type: ignore[arg-type]
         near = (outer.decode / found.outer.decode - 1).abs() < 2.0**-20
-        if rule.rounding != "none" and found.name.startswith("missing"):  # up to twice as much
-            near = (outer.decode / found.outer.decode - 1).abs() < 1.01
         if given is not None:  # these very values were written
             near = getattr(outer, given) == getattr(found.outer, given)
         known = any(

@@ -50,8 +50,8 @@ class Reading:
 
     evidence: for each decision its choice, the alternatives with their agreement, and how many
     blocks it rests on. faults: what is amiss in the buffers themselves, the gravest first. doubts:
-    what is, should no decisions explain the bytes. contradicted: whether a buffer, as it was given,
-    does not fit the others.
+    what is, should no decisions explain the "scales" or the "codes". contradicted: whether a
+    buffer, as it was given, does not fit the others.
     """
 
     codes: torch.Tensor
@@ -60,7 +60,7 @@ class Reading:
     nibbles: str
     evidence: list[dict] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
+    doubts: list[tuple[str, str]] = field(default_factory=list)
     contradicted: bool = False
     outer: OuterScale | None = None
     outer_per: str | None = None  # "token" or "tensor"
@@ -109,7 +109,7 @@ def read(
     strays = {name: middle[name] + 0.2 * silent[name] for name in arrangements}
     for layout in _by_score(strays):
         stored = arrangements[layout]
-        outers = read_outer(outer, amax, stored)
+        outers = read_outer(outer, amax, stored, x.dtype)
         orders, signs = _nibble_orders(x, packed, stored, amax, outer)
         for nibbles in _by_score(orders):
             reading = _reading(
@@ -240,11 +240,13 @@ def _reading(
     ]
     faults, doubts = [], []
     if _powers_of_two(stored, amax):
-        doubts.append("the scale bytes are powers of two (E8M0), not E4M3")
+        doubts.append(("scales", "the scale bytes are powers of two (E8M0), not E4M3"))
     elif astray:
-        doubts.append("the scales follow their blocks' amax under no layout that is known")
+        text = "the scales follow their blocks' amax under no layout that is known"
+        doubts.append(("scales", text))
     if nowhere or orders[nibbles] > PARTLY:
-        doubts.append("codes follow their elements in no nibble order that is known")
+        text = "codes follow their elements in no nibble order that is known"
+        doubts.append(("codes", text))
     if not nowhere and nibbles != "low nibble first":
         faults.append(f"nibble order: {nibbles}")
     if layout == "128x4":
