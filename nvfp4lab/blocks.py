@@ -9,6 +9,7 @@ to a decision, add it to its Literal in `rules` and to its match below.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -233,27 +234,28 @@ def _least_distance(x: torch.Tensor, s: torch.Tensor, rule: Elements) -> torch.T
 
 def _search(blocks: Blocks, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [n, block] and scale codes [n, 1] of the candidate with the smallest error."""
+    tried = candidates(blocks, recipe)
+    kept = next(tried)
+    for candidate in tried:
+        better = candidate[2] < kept[2]
+        kept = tuple(new.where(better, old) for new, old in zip(candidate, kept, strict=True))
+    return kept[0], kept[1]
+
+
+def candidates(blocks: Blocks, recipe: Recipe) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Codes [n, block], scale codes [n, 1] and error [n, 1] of each scale that a search tries."""
     search, fmt, amax = recipe.search, recipe.scale.format, blocks.amax
     assert search is not None and fmt is not None
     if search.factors is None:
         plain, usable = encode_scale(blocks, recipe), amax.isfinite()
         every = (torch.full_like(amax, c).to(torch.uint8) for c in range(fmt.code_of_max + 1))
-        candidates = ((blocks, code.where(usable, plain)) for code in every)
+        scaled = ((blocks, code.where(usable, plain)) for code in every)
     else:
-        scaled = (replace(blocks, raw_scale=blocks.raw_scale * f) for f in search.factors)
-        candidates = ((b, encode_scale(b, recipe)) for b in scaled)
-    kept: list[torch.Tensor] = []
-    for candidate, stored in candidates:
+        by_factor = (replace(blocks, raw_scale=blocks.raw_scale * f) for f in search.factors)
+        scaled = ((b, encode_scale(b, recipe)) for b in by_factor)
+    for candidate, stored in scaled:
         codes = encode_elements(candidate, stored, recipe)
-        error = _block_error(candidate, codes, stored, recipe)
-        if not kept:
-            kept = [codes, stored, error]
-            continue
-        better = error < kept[2]
-        kept = [
-            new.where(better, old) for new, old in zip((codes, stored, error), kept, strict=True)
-        ]
-    return kept[0], kept[1]
+        yield codes, stored, _block_error(candidate, codes, stored, recipe)
 
 
 def _block_error(

@@ -1,8 +1,9 @@
 """The recipes that have a name: ours, those of the published formats, and what each peer does.
 
 Each entry says what sets it apart, where it was read (project, version, file) and just the
-decisions in which it differs from `nvfp4`. To add a recipe, add it to `_RECIPES`; the README's
-table and `make conformance` take it from there. Recipes named after a peer are held against the
+decisions in which it differs from `nvfp4`. To add a recipe, add it to `_RECIPES` and a row to the
+README's table (a test compares them); one that is named after a peer gets an adapter in
+tests/conformance/peers.py. Recipes named after a peer are held against the
 installed peer by `make conformance`, whose outcome is data/conformance.json; where `source` says
 "by source only", the peer does not install on a CPU: examples are worked by hand, and what the
 peer's own files gave, taken out of its wheel, is data/by_source.json.

@@ -2,8 +2,9 @@
 
 A format is its list of magnitudes. A rounding is a list of thresholds between them, and the code of
 a value is the number of thresholds that lie below it: every tie rule and direction is the same one
-search over another list. To add a format, add a constant at the end of this file; nothing else
-needs to know it. This module is the bottom of the package and imports none of it.
+search over another list. To add a format of 4 or 8 bits, add a constant at the end of this file;
+nothing else needs to know it. To add a rounding, add it to `Rounding` and to `_threshold_table`.
+This module is the bottom of the package and imports none of it.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
+from nvfp4lab.diagnose import Explanation
 from nvfp4lab.formats import Format
 
 LABELS = {
@@ -96,14 +97,16 @@ def block(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def explained_block(elements: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def explained_block(explanation: Explanation, ax: Axes | None = None) -> Axes:
     """One block: each element's quotient, the value that it was rounded to, and the ties.
 
-    elements: `diagnose.Explanation.elements`. The lines are the magnitudes of the element format
+    explanation: what `explain_block` gives. The lines are the magnitudes of the element format
     that occur as neighbours, with both signs.
     """
     ax = ax or plt.gca()
-    steps = sorted({*elements["below"], *elements["above"]} - {np.inf})
+    elements = explanation.elements
+    neighbours = elements[["below", "above"]].to_numpy()
+    steps = np.unique(neighbours[np.isfinite(neighbours)])
     for step in steps:
         for sign in (1, -1):
             ax.axhline(sign * step, color=NEUTRAL, alpha=0.2, lw=0.8, zorder=0)
@@ -111,8 +114,11 @@ def explained_block(elements: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.scatter(elements.index, elements["quotient"], marker="x", label="x / scale", zorder=3)
     ax.scatter(elements.index, elements["value"], marker="o", label="rounded", zorder=2)
     tied = elements[elements["tie"]]
-    ax.scatter(tied.index, tied["quotient"], s=150, marker="s", facecolors="none",
-               edgecolors=NAN_RED, label="tie", zorder=4)  # fmt: skip
+    if len(tied):
+        ax.scatter(tied.index, tied["quotient"], s=150, marker="s", facecolors="none",
+                   edgecolors=NAN_RED, label="tie", zorder=4)  # fmt: skip
+    scale = explanation.scale.iloc[0]
+    ax.set_title(f"{explanation.recipe.name}, scale {scale['scale']:g}")
     ax.set_xlabel(LABELS["element"])
     ax.set_ylabel("in units of the scale")
     ax.legend(loc="best")

@@ -3,7 +3,8 @@
 A `Recipe` is data: `catalogue` has those with a name, `codec` carries them out, `staging` knows
 which ones have a kernel. The defaults of the parts below are the decisions of `nvfp4`, so that
 every other recipe shows just where it differs. To allow a new choice within a decision, add it to
-that decision's Literal here and to its one place in `codec` or `formats`.
+that decision's Literal, here or in `formats`, and to its one place in `blocks`, `outer` or
+`formats`.
 
 In formulas d is the largest element, g the outer scale that decodes and G the one that encodes
 (each is float32(1 / the other); both are 1 where there is none), s the value of the block's scale
@@ -54,9 +55,16 @@ Precision = Literal["float32", "input's"]
 
 @dataclass(frozen=True)
 class _Part:
-    """Refuses a choice that its decision does not have."""
+    """Refuses a choice that its decision does not have, and a number that is none."""
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for name in (name for name, hint in hints.items() if hint is float):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(
+                    f"{type(self).__name__}.{name}={value!r}; expected a number from 0 up"
+                )
         for name, choices in self.choices().items():
             if getattr(self, name) not in choices:
                 raise ValueError(

@@ -119,3 +119,10 @@ def test_refuses(other, message):
     q, given = other(x)
     with pytest.raises(ValueError, match=message):
         nv.compare(q, nv.quantize(x), given)
+
+
+def test_arguments_in_another_order_are_named():
+    x = torch.randn(4, 32)
+    q = nv.quantize(x)
+    with pytest.raises(TypeError, match=r"got \(Tensor, Quantized, Quantized\)"):
+        nv.compare(x, q, q)  # type: ignore[arg-type]

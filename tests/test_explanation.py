@@ -88,8 +88,32 @@ def test_it_prints_and_draws():
     got = nv.explain_block(block(3.0, 0.125, -0.4))
     assert "0.46875" in str(got) and "<table" in got._repr_html_()
     figure, ax = plt.subplots()
-    plots.explained_block(got.elements, ax)
+    plots.explained_block(got, ax)
     drawn = ax.collections[1].get_offsets().tolist()  # type: ignore[union-attr]
     assert drawn == [[i, q] for i, q in enumerate(got.elements["quotient"])]
     assert len(ax.collections[3].get_offsets()) == 1  # type: ignore[arg-type]
     plt.close(figure)
+
+
+@pytest.mark.parametrize(("name", "tried"), [("fouroversix", 2), ("nvfp4-search", 127)])
+def test_a_search_shows_what_it_tried(name, tried):
+    block = torch.randn(16, generator=torch.Generator().manual_seed(4))
+    got = nv.explain_block(block, name)
+    kept = got.candidates.query("kept").iloc[0]
+    assert len(got.candidates) == tried and kept["scale_code"] == got.scale.loc[0, "scale_code"]
+    assert kept["error"] == got.candidates["error"].min()
+    assert nv.explain_block(block, "nvfp4").candidates.empty
+
+
+def test_the_neighbours_of_a_nan_are_none():
+    got = nv.explain_block(torch.tensor([float("nan")] + [1.0] * 15)).elements
+    assert got[["below", "above"]].isna().to_numpy().all() and not got["tie"].to_numpy().any()
+
+
+def test_a_generator_repeats_a_stochastic_block():
+    block = torch.randn(16, generator=torch.Generator().manual_seed(4))
+    draws = [
+        nv.explain_block(block, "nvfp4-stochastic", generator=torch.Generator().manual_seed(9))
+        for _ in range(2)
+    ]
+    assert draws[0].elements.equals(draws[1].elements)

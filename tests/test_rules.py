@@ -129,3 +129,9 @@ def test_a_recipe_of_ones_own_quantizes():
     x = torch.tensor([6.0, 0.25] + [0.0] * 14)
     assert codec.quantize(x, away).codes[0].item() == 0x17  # 0.25 goes up to code 1
     assert codec.quantize(x, "nvfp4").codes[0].item() == 0x07  # and to the even code 0
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), "16"])
+def test_a_number_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match=r"Scale\.floor="):
+        Scale(floor=value)

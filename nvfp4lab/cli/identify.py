@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from nvfp4lab.cli.command import CommandError
@@ -14,7 +15,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         "identify",
         help=text,
         description=text
-        + " Exits 0 if one set of decisions, named or not, explains every byte, 1 if none does.",
+        + " Exits 0 if one set of decisions, named or not, explains every byte, 1 if none does "
+        "or a buffer contradicts it, 2 on bad input.",
     )
     command.add_argument(
         "input", type=Path, metavar="X.safetensors", help="the kernel's input, key `hidden`"
@@ -42,9 +44,13 @@ def run(args: argparse.Namespace) -> int:
                     there = ", ".join(file.keys())
                     raise CommandError(f"{path} has no {' and no '.join(missing)}; it has {there}")
                 there = [*required, *(key for key in optional if key in file.keys())]  # noqa: SIM118
+                if unread := sorted(set(file.keys()) - {*required, *optional}):
+                    print(f"nvfp4lab: {path}: not read: {', '.join(unread)}", file=sys.stderr)
                 return {key: file.get_tensor(key) for key in there}
         except (OSError, SafetensorError) as error:
-            raise CommandError(f"{path}: {error}") from error
+            raise CommandError(
+                f"{path} is no safetensors file that can be read: {error}"
+            ) from error
 
     hidden = read(args.input, ("hidden",))["hidden"]
     written = read(args.output, ("codes", "scales"), ("outer",))

@@ -166,6 +166,12 @@ def _outer(q: Quantized, width: int, start: int, stop: int, device) -> torch.Ten
 
 
 def _check(q_a: Quantized, q_b: Quantized, x: torch.Tensor) -> None:
+    kinds = [type(value) for value in (q_a, q_b, x)]
+    if not (issubclass(kinds[0], Quantized) and issubclass(kinds[1], Quantized)) or not isinstance(
+        x, torch.Tensor
+    ):
+        got = ", ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"compare takes (Quantized, Quantized, torch.Tensor), got ({got})")
     if not q_a.shape == q_b.shape == x.shape:
         raise ValueError(
             f"x is {tuple(x.shape)}, the quantized forms {tuple(q_a.shape)} and {tuple(q_b.shape)}"
@@ -175,4 +181,5 @@ def _check(q_a: Quantized, q_b: Quantized, x: torch.Tensor) -> None:
     for part in ("scale", "elements"):
         formats = [getattr(q.recipe, part).format for q in (q_a, q_b)]
         if formats[0] != formats[1]:
-            raise ValueError(f"{part} formats differ: {formats[0]} and {formats[1]}")
+            names = " and ".join(fmt.name if fmt is not None else "float32" for fmt in formats)
+            raise ValueError(f"{part} formats differ: {names}")

@@ -2,8 +2,9 @@
 
 A decision is a field of a `Recipe`. Its choices are those of its Literal in `rules`; a number's are
 listed in NUMBERS, and `suggested` adds those that a kernel's output itself puts forward: the
-smallest scale for a floor, the largest for a ceiling. To let `identify` find one more choice, add
-it to its Literal, or to NUMBERS; one more decision gets a line in DECISIONS.
+smallest scale for a floor, the largest for a ceiling. To let `identify` find one more choice of a
+name, teach it to `rules` (a rounding: to `formats`), and it is tried; of a number, add it to
+NUMBERS. One more decision gets a line in DECISIONS.
 """
 
 from __future__ import annotations

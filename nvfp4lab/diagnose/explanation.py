@@ -13,7 +13,14 @@ import pandas as pd
 import torch
 
 from nvfp4lab import catalogue, codec
-from nvfp4lab.blocks import divisor_scale, prepare, quantize_blocks, quotient_of
+from nvfp4lab.blocks import (
+    Blocks,
+    candidates,
+    divisor_scale,
+    prepare,
+    quantize_blocks,
+    quotient_of,
+)
 from nvfp4lab.formats import CodeClass, Format
 from nvfp4lab.rules import Recipe
 
@@ -22,33 +29,44 @@ from nvfp4lab.rules import Recipe
 class Explanation:
     """One block under one recipe.
 
-    scale: a frame of one row: amax, outer (the decode scale, 1 without one), raw_scale (before
+    scale: a frame of one row: amax (of x, or of x / outer where the recipe divides its input),
+    outer (the decode scale, 1 without one), raw_scale (before
     rounding), scale_code, scale, scale_class, below and above (the neighbouring scale values).
     elements: a row an element: x, quotient (what is rounded), below and above (the magnitudes that
     it lies between), tie (whether it is midway), code, value, decoded, error (decoded - x), ulps
     (error in steps of the element format at the decoded value, times scale and outer scale).
+    candidates: for a recipe that searches, a row a scale that it tries: scale_code, scale, error
+    (by the recipe's criterion), kept; empty otherwise.
     """
 
     recipe: Recipe
     scale: pd.DataFrame
     elements: pd.DataFrame
+    candidates: pd.DataFrame
 
     def __str__(self) -> str:
         scale = self.scale.to_string(index=False)
-        return f"{self.recipe.name}\n{scale}\n{self.elements.to_string()}"
+        tried = "" if self.candidates.empty else f"\n{self.candidates.to_string()}"
+        return f"{self.recipe.name}\n{scale}\n{self.elements.to_string()}{tried}"
 
     def _repr_html_(self) -> str:
-        return self.scale.to_html(index=False) + self.elements.to_html()
+        tried = "" if self.candidates.empty else self.candidates.to_html()
+        return self.scale.to_html(index=False) + self.elements.to_html() + tried
 
 
 @torch.no_grad()
 def explain_block(
-    block: torch.Tensor, recipe: str | Recipe = "nvfp4", outer: float | torch.Tensor | None = None
+    block: torch.Tensor,
+    recipe: str | Recipe = "nvfp4",
+    outer: float | torch.Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
 ) -> Explanation:
     """Every intermediate of one block.
 
     block: (B,) of a dtype that `quantize` takes, B the recipe's block. outer: the decode scale that
     the block was under in its token or tensor; without one, the block is taken for the whole of it.
+    generator: draws the random numbers of stochastic rounding.
 
     Raises: ValueError for another shape, or an outer scale where the recipe has none; otherwise as
     `quantize`.
@@ -66,7 +84,7 @@ def explain_block(
     found = codec.find_outer(block[None], recipe, outer)
     found = found.of_blocks(1, 0, 1)
     x = block[None].float()
-    codes, stored = quantize_blocks(x, found, recipe, block.dtype)
+    codes, stored = quantize_blocks(x, found, recipe, block.dtype, generator)
     before = prepare(x, found, recipe, block.dtype)
     s = divisor_scale(stored[:, None], before.raw_scale, recipe)
     quotient = quotient_of(before, s, recipe)[0]
@@ -85,9 +103,24 @@ def explain_block(
         "below": math.nan if fmt is None else _neighbour(fmt, int(stored.item()), -1),
         "above": math.nan if fmt is None else _neighbour(fmt, int(stored.item()), 1),
     }
-    return Explanation(
-        recipe, pd.DataFrame([row]), _elements(x[0], quotient, codes[0], row, recipe)
-    )
+    elements = _elements(x[0], quotient, codes[0], row, recipe)
+    return Explanation(recipe, pd.DataFrame([row]), elements, _candidates(before, stored, recipe))
+
+
+def _candidates(before: Blocks, stored: torch.Tensor, recipe: Recipe) -> pd.DataFrame:
+    fmt = recipe.scale.format
+    if recipe.search is None or fmt is None:
+        return pd.DataFrame()
+    rows = [
+        {
+            "scale_code": int(code.item()),
+            "scale": fmt.decode(code).item(),
+            "error": error.item(),
+            "kept": bool(code[0] == stored),
+        }
+        for _, code, error in candidates(before, recipe)
+    ]
+    return pd.DataFrame(rows)
 
 
 def _elements(
@@ -105,6 +138,7 @@ def _elements(
     index = torch.searchsorted(steps, value.abs()).clamp(max=len(steps) - 2)
     step = (steps[index + 1] - steps[index]).double() * row["scale"] * row["outer"]
     below, above = steps[low], steps[high].where(low < len(steps) - 1, math.inf)
+    below, above = (side.where(~size.isnan(), math.nan) for side in (below, above))
     columns = {
         "x": x,
         "quotient": quotient,
