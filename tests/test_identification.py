@@ -440,6 +440,45 @@ def test_from_the_shell(tmp_path, capsys, flag, shown):
     assert shown in capsys.readouterr().out
 
 
+def test_keys_that_are_not_read_are_named(tmp_path, capsys):
+    q = nv.quantize(X)
+    save_file({"hidden": X}, tmp_path / "x.safetensors")
+    buffers = {"codes": q.codes, "scales": q.scales, "outer_scale": torch.ones(())}
+    save_file(buffers, tmp_path / "q.safetensors")
+    paths = [str(tmp_path / name) for name in ("x.safetensors", "q.safetensors")]
+    assert cli.main(["identify", *paths]) == 0
+    assert "not read: outer_scale" in capsys.readouterr().err
+
+
+def test_one_flipped_bit_is_placed_and_not_called_rounding():
+    q = kernel(X)
+    q["codes"][5, 100] ^= 1
+    got = nv.identify(X, **q)
+    assert len(got.causes) == 1, str(got)
+    assert got.causes[0].startswith("no explanation for 0 scales and 1 code, all in row 5 of 200")
+
+
+def test_a_threshold_that_is_off_is_told():
+    x = torch.linspace(0, 6, 4096).repeat_interleave(16).view(64, -1)
+    x.view(-1, 16)[:, 0] = 6.0
+    q = nv.quantize(x)
+    off = x.ge(2.25) & x.lt(2.5)
+    got = identify(q, x, codes=layouts.pack_nibbles(q.element_codes().where(~off, 5)))
+    assert got.causes[0].startswith("another threshold") and "rounded to 3" in got.causes[0]
+
+
+def test_big_endian_scale_words():
+    q = nv.quantize(X)
+    words = layouts.to_words(q.scales.unflatten(-1, (-1, 4)).flip(-1).flatten(-2))
+    got = identify(q, scales=words)
+    assert got.explained and got.causes == ["the scales lie as: int32 words, big-endian"]
+
+
+def test_a_missing_power_of_two_of_the_token():
+    got = identify(nv.quantize(X, "nvfp4-token"), outer=None)
+    assert got.explained and got.causes[0].endswith("of the token / 2688, up to a power of two")
+
+
 def test_exit_codes_of_the_shell(tmp_path, capsys):
     q = nv.quantize(X)
     save_file({"hidden": X}, tmp_path / "x.safetensors")

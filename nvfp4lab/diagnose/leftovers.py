@@ -18,7 +18,8 @@ from nvfp4lab.rules import Recipe
 
 LISTED = 8  # rows of an input that are named
 DOUBTED = 0.2  # share of scales or codes that is unexplained above which their reading is doubted
-RANDOM = 0.005  # share of codes below which differing ones are exceptions, not a way of rounding
+FEW = 8  # codes below which differing ones may be next to their quotient by chance
+RANDOM = 0.005  # share of codes below which they are exceptions, not a way of rounding
 
 
 def tells(scales: torch.Tensor, codes: torch.Tensor) -> bool:
@@ -120,6 +121,8 @@ def _nearness(output: Output, recipe: Recipe, wrong_codes: torch.Tensor) -> str:
         return "another tie rule, or approximate division: {} differ, each at an exact tie"
     if farthest <= 4 * 2.0**-23:
         return "approximate division: {} differ, each within 4 float32 ulp of a tie"
+    if len(quotient) < FEW:
+        return ""
     if farthest <= 2.0**-6:
         near = f"2^{math.ceil(math.log2(farthest))}"
         return f"division of low precision: {{}} differ, each within {near} of a tie"
