@@ -16,6 +16,7 @@ from nvfp4lab.diagnose.reading import BLOCK
 from nvfp4lab.formats import E2M1, E4M3
 from nvfp4lab.rules import Recipe
 
+MOST = 0.25  # share of scales or codes from which what is unexplained is no exception
 LISTED = 8  # rows of an input that are named
 DOUBTED = 0.2  # share of scales or codes that is unexplained above which their reading is doubted
 FEW = 8  # codes below which differing ones may be next to their quotient by chance
@@ -24,7 +25,7 @@ RANDOM = 0.005  # share of codes below which they are exceptions, not a way of r
 
 def tells(scales: torch.Tensor, codes: torch.Tensor) -> bool:
     """Whether enough is explained for the rest to be an exception."""
-    return max(float(scales.float().mean()), float(codes.float().mean()) / BLOCK) < 0.25
+    return max(float(scales.float().mean()), float(codes.float().mean()) / BLOCK) < MOST
 
 
 def causes_of(

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Literal
 
 import torch
 
@@ -26,6 +27,7 @@ DOUBTFUL = 0.1  # share of blocks that contradict a reading above which it is do
 LARGER = math.log2(1.5)  # 4/6 takes half as much again
 ENOUGH = 8  # blocks that a constant factor must rest on
 NOT_USED = "given but not used"
+OFF = "decode, but "  # how the name of a reading begins whose values are a factor off
 NO_SCALE = "outer scale holds values that are none: zero, negative, NaN or Inf"
 FAULTS = {  # a reading that is not here is a fault under its own name
     "none": "",
@@ -53,6 +55,11 @@ class OuterReading:
         return self.missed[self.name]
 
     @property
+    def side(self) -> Literal["decode", "encode"]:
+        """Which of g and G the values are."""
+        return "encode" if self.name == "encode" else "decode"
+
+    @property
     def fault(self) -> str:
         """What is amiss, empty where nothing is."""
         return FAULTS.get(self.name, f"outer scale {self.name}")
@@ -60,7 +67,7 @@ class OuterReading:
     @property
     def contradicts(self) -> bool:
         """Whether the values that were given cannot be what the scales were made under."""
-        return self.name == NOT_USED or "times too" in self.name
+        return self.name == NOT_USED or self.name.startswith(OFF)
 
 
 def of_named_rules() -> list[Outer]:
@@ -93,22 +100,21 @@ def read_outer(
         powers = outer_from_amax(of_tokens, Outer("token", rounding="up to a power of two"), dtype)
         readings["missing: amax of the token / 2688, up to a power of two"] = powers.decode
     else:
-        g = given.reshape(() if given.numel() == 1 else (-1, 1))
-        readings["decode"] = g
-        readings["encode"] = one / g
-        readings["amax"] = g / 2688
-        readings["amax of 4/6"] = g / 1536
+        decode = by_row(given)
+        readings["decode"] = decode
+        readings["encode"] = one / decode
+        readings["amax"] = decode / 2688
+        readings["amax of 4/6"] = decode / 1536
         readings[NOT_USED] = None
     missed = {
         name: _contradicted(one if g is None else g, amax, stored) for name, g in readings.items()
     }
     if given is not None and min(missed.values()) > DOUBTFUL:
-        decode = given.reshape(() if given.numel() == 1 else (-1, 1))
+        decode = by_row(given)
         off = simple_factor(decode, amax, stored)
         if off is not None and (scaled := _contradicted(decode * off, amax, stored)) < DOUBTFUL:
             wrong = f"{1 / off:.6g} times too large" if off < 1 else f"{off:.6g} times too small"
-            name = f"decode, but {wrong}"
-            readings[name], missed[name] = decode * off, scaled
+            readings[OFF + wrong], missed[OFF + wrong] = decode * off, scaled
     order = sorted(readings, key=lambda name: missed[name])
     first = next(iter(readings))
     if missed[first] <= missed[order[0]] + 0.01:  # nothing tells: what was given is believed
@@ -124,7 +130,7 @@ def read_outer(
             found.append(OuterReading(name, None, None, missed))
             continue
         per = "tensor" if g.ndim == 0 else "token"
-        encode = given.reshape(g.shape) if name == "encode" and given is not None else one / g
+        encode = by_row(given) if name == "encode" and given is not None else one / g
         of = of_tensor if per == "tensor" else of_tokens
         found.append(OuterReading(name, OuterScale(g, encode, of), per, missed))
     return found
@@ -139,12 +145,11 @@ def exact_outers(found: OuterReading, dtype: torch.dtype) -> Iterator[OuterReadi
     if found.outer is None:
         return
     seen = [found.outer]
-    given = {"decode": "decode", "encode": "encode"}.get(found.name)
     for rule in _RULES:
         outer = outer_from_amax(found.outer.amax, replace(rule, per=found.per), dtype)  # type: ignore[arg-type]
         near = (outer.decode / found.outer.decode - 1).abs() < 2.0**-20
-        if given is not None:  # these very values were written
-            near = getattr(outer, given) == getattr(found.outer, given)
+        if found.name == found.side:  # these very values were written
+            near = getattr(outer, found.side) == getattr(found.outer, found.side)
         known = any(
             torch.equal(outer.decode, o.decode) and torch.equal(outer.encode, o.encode)
             for o in seen
@@ -155,17 +160,15 @@ def exact_outers(found: OuterReading, dtype: torch.dtype) -> Iterator[OuterReadi
 
 
 def rules_of(given: torch.Tensor | None, found: OuterReading, dtype: torch.dtype) -> list[str]:
-    """The rules that give every value of the outer scale exactly, in words; the first is a choice
-    of the fewest decisions."""
+    """The rules that give every value of the outer scale exactly, in words."""
     if found.outer is None or given is None or found.contradicts:
         return []
     amax = found.outer.amax
-    side = "encode" if found.name == "encode" else "decode"
-    values = _bits(getattr(found.outer, side))
+    values = bits(getattr(found.outer, found.side))
     texts = []
     for of, what in ((amax, found.per), (amax.amax().expand_as(amax), "tensor")):
         for rule in _RULES:
-            if torch.equal(_bits(getattr(outer_from_amax(of, rule, dtype), side)), values):
+            if torch.equal(bits(getattr(outer_from_amax(of, rule, dtype), found.side)), values):
                 texts.append(rule_text(rule, str(what)))
         if found.per == "tensor" or texts:
             break
@@ -179,15 +182,25 @@ def rule_text(rule: Outer, of: str) -> str:
     return f"{rule.formula} of the {of}, n = {rule.range:g}{extra}{floor}"
 
 
+def has_size(amax: torch.Tensor) -> torch.Tensor:
+    """Blocks with a finite amax above 0: (T, B)."""
+    return (amax > 0) & amax.isfinite()
+
+
+def by_row(given: torch.Tensor) -> torch.Tensor:
+    """An outer scale of one value or one a token as () or (T, 1)."""
+    return given.reshape(() if given.numel() == 1 else (-1, 1))
+
+
 def usable(stored: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     """Blocks whose scale is normal and not the largest: there amax / 6 is within 7 % of it."""
     normal = (stored >= 0x08) & (stored < E4M3.code_of_max)
-    return normal & (amax > 0) & amax.isfinite()
+    return normal & has_size(amax)
 
 
 def on_floor(stored: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     """Blocks under the smallest scale, where blocks of different sizes share it: (T, B)."""
-    says = (amax > 0) & amax.isfinite() & (stored > 0)
+    says = has_size(amax) & (stored > 0)
     lowest = says & (stored == stored.where(says, 0xFF).min())
     sizes = amax[lowest]
     return lowest & bool(len(sizes) and sizes.max() > 2 * sizes.min())
@@ -201,7 +214,7 @@ def log_ratio(stored: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
 
 def _contradicted(g: torch.Tensor, amax: torch.Tensor, stored: torch.Tensor) -> float:
     """The share of the blocks with a finite amax above 0 whose scales cannot stand under g."""
-    says = (amax > 0) & amax.isfinite()
+    says = has_size(amax)
     off = (amax / 6).log2() - g.log2()  # NaN or infinite where g is no scale: never near
     s = E4M3.decode(stored).log2()
     near = torch.minimum((off - s).abs(), (off - s + LARGER).abs()) < NEAR
@@ -240,5 +253,6 @@ def simple_factor(g: torch.Tensor, amax: torch.Tensor, stored: torch.Tensor) -> 
     return float(middle)
 
 
-def _bits(x: torch.Tensor) -> torch.Tensor:
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """float32 as int32, so that equal means the same bits."""
     return x.contiguous().view(torch.int32)

@@ -27,7 +27,10 @@ from nvfp4lab.diagnose.outer_reading import (
     LARGER,
     NO_SCALE,
     OuterReading,
+    bits,
+    by_row,
     exact_outers,
+    has_size,
     log_ratio,
     read_outer,
     rules_of,
@@ -38,9 +41,10 @@ from nvfp4lab.rules import Recipe
 
 ROWS_LOOKED_AT = 256
 STRAYS = 0.09  # log2: scales under their own layout stray by less, whatever their rounding
-FOLLOWS = 0.5  # share of nonzero elements whose codes a nibble order gives,
-PARTLY = 0.3  # share that it misses above which it may be another, should nothing explain the codes
-AHEAD = 0.1  # or by how much more it gives than the others
+# The share of nonzero elements whose codes a nibble order misses: from MOSTLY up it is not this
+# one, unless it misses AHEAD less than every other; from PARTLY up it may not be, should nothing
+# explain the codes.
+MOSTLY, AHEAD, PARTLY = 0.5, 0.1, 0.3
 CLOSE = 0.02  # readings that score this near to each other cannot be told apart
 
 
@@ -86,7 +90,7 @@ class Reading:
             amax.amax().expand_as(amax) if rule.per == "tensor" else amax, rule, dtype
         )
         side = "encode" if self.outer_reading == "encode" else "decode"
-        return torch.equal(_bits(getattr(outer, side)), _bits(getattr(self.outer, side)))
+        return torch.equal(bits(getattr(outer, side)), bits(getattr(self.outer, side)))
 
 
 def read(
@@ -110,11 +114,14 @@ def read(
     for layout in _by_score(strays):
         stored = arrangements[layout]
         outers = read_outer(outer, amax, stored, x.dtype)
+        astray = middle[layout] > STRAYS
+        doubts = _doubts(stored, amax, astray)
         orders, signs = _nibble_orders(x, packed, stored, amax, outer)
         for nibbles in _by_score(orders):
             reading = _reading(
-                NIBBLE_ORDERS[nibbles](packed), stored, layout, nibbles, strays, orders, amax
+                NIBBLE_ORDERS[nibbles](packed), stored, layout, nibbles, strays, orders, astray
             )
+            reading.doubts[:0] = doubts
             reading = _with_signs(reading, x, signs[nibbles])
             if layout == "128x4" and (padding := tile_padding(scales, rows, width // BLOCK)):
                 reading.faults.append(f"{padding} padding bytes of the 128x4 tiles are not zero")
@@ -149,13 +156,22 @@ def _strays(stored: torch.Tensor, amax: torch.Tensor) -> float:
 
 def _silent(stored: torch.Tensor, amax: torch.Tensor) -> float:
     """The share of blocks with an amax that have a zero scale: a little against a layout."""
-    says = (amax > 0) & amax.isfinite()
+    says = has_size(amax)
     return float((says & (stored == 0)).sum() / max(1, int(says.sum())))
+
+
+def _doubts(stored: torch.Tensor, amax: torch.Tensor, astray: bool) -> list[tuple[str, str]]:
+    """What is to be said of the scales, should no decisions explain them."""
+    if _powers_of_two(stored, amax):
+        return [("scales", "the scale bytes are powers of two (E8M0), not E4M3")]
+    if astray:
+        return [("scales", "the scales follow their blocks' amax under no layout that is known")]
+    return []
 
 
 def _powers_of_two(stored: torch.Tensor, amax: torch.Tensor) -> bool:
     """Whether the scale bytes follow amax as E8M0, an octave a step."""
-    says = (amax > 0) & amax.isfinite() & (stored > 0)
+    says = has_size(amax) & (stored > 0)
     off = (amax.log2() - (stored.float() - 127))[says]
     return len(off) > 0 and bool(((off - off.median()).abs() <= 1.1).float().mean() > 0.98)
 
@@ -173,7 +189,8 @@ def _nibble_orders(
     missed, right = {}, {}
     factors = [_row_ratios(stored, amax)[head], torch.ones(())]
     if outer is not None:
-        given = outer.reshape(()) if outer.numel() == 1 else outer.reshape(-1, 1)[head]
+        given = by_row(outer)
+        given = given if given.ndim == 0 else given[head]
         factors += [given, 1 / given]
     quotients = [x[head].float() / (s * factor) for factor in factors]
     expected = [E2M1.encode(q.nan_to_num(0.0)) & 7 for q in quotients]
@@ -229,21 +246,15 @@ def _reading(
     nibbles: str,
     strays: dict[str, float],
     orders: dict[str, float],
-    amax: torch.Tensor,
+    astray: bool,
 ) -> Reading:
-    astray = _strays(stored, amax) > STRAYS
     others = [missed for name, missed in orders.items() if name != nibbles]
-    nowhere = orders[nibbles] > max(FOLLOWS, min(others) - AHEAD)
+    nowhere = orders[nibbles] > max(MOSTLY, min(others) - AHEAD)
     evidence = [
         _row("scale layout", layout, strays, codes.numel() // BLOCK, astray),
         _row("nibble order", nibbles, orders, codes.numel() // BLOCK, nowhere),
     ]
     faults, doubts = [], []
-    if _powers_of_two(stored, amax):
-        doubts.append(("scales", "the scale bytes are powers of two (E8M0), not E4M3"))
-    elif astray:
-        text = "the scales follow their blocks' amax under no layout that is known"
-        doubts.append(("scales", text))
     if nowhere or orders[nibbles] > PARTLY:
         text = "codes follow their elements in no nibble order that is known"
         doubts.append(("codes", text))
@@ -285,10 +296,6 @@ def _with_outer(
         faults=faults,
         contradicted=reading.contradicted or found.contradicts,
     )
-
-
-def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.int32)
 
 
 def _row(decision: str, choice: str, scores: dict[str, float], blocks: int, poor: bool) -> dict:
