@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nvfp4lab.rules import Recipe as Recipe
     from nvfp4lab.staging import stage as stage
     from nvfp4lab.staging import stage_mega_moe_inputs as stage_mega_moe_inputs
+    from nvfp4lab.statistics import Statistics as Statistics
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ _HOME = {
     "recipes": "catalogue",
     "stage": "staging",
     "stage_mega_moe_inputs": "staging",
+    "Statistics": "statistics",
 }
 _MODULES = (
     "blocks",
@@ -67,6 +69,7 @@ _MODULES = (
     "records",
     "rules",
     "staging",
+    "statistics",
 )
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -45,7 +45,7 @@ def quantize(
     (39, 56)
     """
     recipe = catalogue.recipe(recipe)
-    _check_input(x, recipe, outer, generator)
+    check_input(x, recipe, outer, generator)
     block, bits = recipe.scale.block, recipe.elements.format.bits
     *lead, width = x.shape
     scale_dtype = torch.float32 if recipe.scale.format is None else torch.uint8
@@ -100,7 +100,7 @@ def iter_blocks(x: torch.Tensor, block: int) -> Iterator[tuple[int, int, torch.T
         yield start, stop, piece.to(torch.float32, copy=True)
 
 
-def _check_input(x: torch.Tensor, recipe: Recipe, outer, generator) -> None:
+def check_input(x: torch.Tensor, recipe: Recipe, outer, generator) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x is a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:

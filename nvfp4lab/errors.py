@@ -1,153 +1,142 @@
-"""The error of one tensor and its quantized form.
+"""The error of one tensor and its quantized form: as statistics that add up, or as frames.
 
-`measure` walks over both in chunks and adds float64 sums; what users read is derived from the sums,
-so two `Errors` add up to the error of both tensors. To add a measure that the sums give, add a
-property; one that needs a new sum adds a field and its line in `measure`.
+`measure` walks over the tensor in pieces of whole rows and hands each, with its codes, to a
+`Tally`; of a recipe it makes the codes on the way, so nothing of the tensor's size is written. The
+frames (`element_errors`, `block_errors`, `token_errors`) are for tensors that a person looks at. To
+add a measure see `statistics`; to add a column, add it here.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pandas as pd
 import torch
 
-from nvfp4lab.codec import iter_blocks, quantize
-from nvfp4lab.formats import CodeClass
-from nvfp4lab.quantized import Quantized
+from nvfp4lab import catalogue
+from nvfp4lab.blocks import quantize_blocks
+from nvfp4lab.codec import check_input, find_outer, quantize
+from nvfp4lab.outer import OuterScale
+from nvfp4lab.quantized import CHUNK, Quantized
 from nvfp4lab.rules import Recipe
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Counts, and float64 sums over the elements where x and its decoded value q are finite."""
-
-    elements: int
-    nonfinite_input: int  # elements of x that are NaN or Inf: counted, in no sum
-    nonfinite_output: int  # finite elements of x whose decoded value is NaN or Inf: in no sum
-    blocks: int
-    scale_zero: int  # blocks by the class of their scale code
-    scale_subnormal: int
-    scale_normal: int
-    scale_saturated: int  # normal, and the format's largest
-    scale_nan: int
-    nonzero: int  # elements of x that are not zero, among those in the sums
-    flushed: int  # of these, the ones that decode to zero
-    sum_xx: float
-    sum_qq: float
-    sum_xq: float
-    sum_ee: float  # of (q - x)^2
-    sum_abs_e: float
-    max_abs_e: float
-
-    def __add__(self, other: Errors) -> Errors:
-        def merged(name: str):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            return max(mine, theirs) if name.startswith("max") else mine + theirs
-
-        return Errors(**{f.name: merged(f.name) for f in fields(self)})
-
-    @property
-    def counted(self) -> int:
-        """The elements in the sums."""
-        return self.elements - self.nonfinite_input - self.nonfinite_output
-
-    @property
-    def mse(self) -> float:
-        """Mean squared error over the counted elements."""
-        return _ratio(self.sum_ee, self.counted)
-
-    @property
-    def nmse(self) -> float:
-        """Sum of (q - x)^2 over sum of x^2; 0 for a zero tensor that stays zero."""
-        return _ratio(self.sum_ee, self.sum_xx)
-
-    @property
-    def qsnr_db(self) -> float:
-        """-10 log10(NMSE), in dB; Inf without any error."""
-        if math.isnan(self.nmse):
-            return math.nan
-        return -10 * math.log10(self.nmse) if self.nmse > 0 else math.inf
-
-    @property
-    def gain(self) -> float:
-        """<x, q> / <x, x>: 1 for an unbiased magnitude. Cosine alone does not see it."""
-        return _ratio(self.sum_xq, self.sum_xx, of_zeros=1.0)
-
-    @property
-    def cosine(self) -> float:
-        """<x, q> / (|x| |q|)."""
-        return _ratio(self.sum_xq, math.sqrt(self.sum_xx) * math.sqrt(self.sum_qq), of_zeros=1.0)
-
-    @property
-    def flushed_share(self) -> float:
-        """The share of the nonzero elements that decode to zero."""
-        return _ratio(self.flushed, self.nonzero)
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row: every count, sum and derived measure under its name."""
-        derived = ("mse", "nmse", "qsnr_db", "gain", "cosine", "flushed_share")
-        row = {f.name: getattr(self, f.name) for f in fields(self)}
-        return pd.DataFrame([row | {name: getattr(self, name) for name in derived}])
+from nvfp4lab.statistics import Statistics, Tally
+from nvfp4lab.statistics.measures import with_ratios
+from nvfp4lab.statistics.tally import Piece
 
 
 @torch.no_grad()
-def measure(x: torch.Tensor, q: Quantized | Recipe | str) -> Errors:
-    """The error of q against x, or of x quantized by a recipe.
+def measure(
+    x: torch.Tensor,
+    q: Quantized | Recipe | str,
+    *,
+    outer: float | torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Statistics:
+    """The error of q against x, or of x quantized by a recipe, in one pass that keeps nothing.
 
-    x: (..., K) of any dtype that `quantize` takes; q: its quantized form, whoever wrote the bytes,
-    or a recipe. NaN and Inf are counted apart and enter no sum.
+    x: (..., K) of any dtype and device that `quantize` takes; q: its quantized form, whoever wrote
+    the bytes, or a recipe, with `outer` and `generator` as of `quantize`. Both give the same to the
+    bit (under stochastic rounding on the CPU only: a GPU draws by chunks). NaN and Inf are counted
+    apart and enter no sum.
 
-    Raises: ValueError if the shapes or devices differ.
+    Raises: ValueError if the shapes or devices differ, or outer or generator come with a Quantized;
+    TypeError if x is none or both are swapped; otherwise as `quantize`.
+
+    >>> stats = measure(torch.tensor([[6.0] + [1.1] * 15]), "nvfp4")
+    >>> stats.max_abs_e, stats.flushed, stats.tokens
+    (0.10000002384185791, 0, 1)
     """
+    if isinstance(x, Quantized):
+        raise TypeError("measure takes the tensor first: measure(x, q), got measure(q, x)")
+    if isinstance(q, torch.Tensor):
+        raise TypeError(f"q is a Quantized or a recipe, got a tensor {tuple(q.shape)}")
     if not isinstance(q, Quantized):
-        q = quantize(x, q)
+        recipe = catalogue.recipe(q)
+        check_input(x, recipe, outer, generator)
+        per_tensor = recipe.outer is not None and recipe.outer.per == "tensor"
+        scale = find_outer(x, recipe, outer) if per_tensor else None
+        return measure_rows(x, recipe, scale, generator)
+    if outer is not None or generator is not None:
+        raise ValueError("outer and generator are for quantizing; q is quantized already")
+    _check_pair(x, q)
+    blocks_in_row = q.scales.shape[-1]
+
+    def written(piece: Piece, rows: torch.Tensor, blocks: torch.Tensor):
+        start = piece.row * blocks_in_row + piece.block
+        return q.blocks(start, start + len(blocks))
+
+    return _tallied(x, written, Tally(q.recipe, x.shape[-1]))
+
+
+def measure_rows(
+    x: torch.Tensor,
+    recipe: Recipe,
+    outer: OuterScale | None = None,
+    generator: torch.Generator | None = None,
+    source: str = "",
+    first_token: int = 0,
+) -> Statistics:
+    """The error of rows of something larger: as `measure` of a recipe, nothing checked.
+
+    outer: the scale of the whole where the recipe has one for the tensor. source, first_token: name
+    the worst blocks, row 0 of x being row `first_token` of the source.
+    """
+    per_token = recipe.outer is not None and recipe.outer.per == "token"
+    scale = OuterScale.one(x.device) if outer is None else outer
+
+    def quantized(piece: Piece, rows: torch.Tensor, blocks: torch.Tensor):
+        nonlocal scale
+        if per_token and piece.block == 0:
+            scale = find_outer(rows, recipe)
+        in_row = x.shape[-1] // recipe.scale.block
+        own = scale.of_blocks(in_row, piece.block, piece.block + len(blocks))
+        codes, stored = quantize_blocks(blocks, own, recipe, x.dtype, generator)
+        return codes, stored, None if recipe.outer is None else own.decode
+
+    return _tallied(x, quantized, Tally(recipe, x.shape[-1], source, first_token))
+
+
+def _tallied(x: torch.Tensor, codes_of: Callable, tally: Tally) -> Statistics:
+    """Every piece of x, with the codes, stored scales and outer scale that `codes_of` gives."""
+    for piece, rows, blocks in _pieces(x, tally.recipe.scale.block):
+        tally.add(piece, blocks, *codes_of(piece, rows, blocks))
+    return tally.statistics()
+
+
+def _pieces(x: torch.Tensor, block: int) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor]]:
+    """Whole rows of about CHUNK elements, or parts of one row that is longer: with the rows [r, K]
+    and the piece's blocks as float32 [n, block]."""
+    *lead, width = x.shape
+    if not x.numel():
+        return
+    blocks_in_row, part = width // block, max(1, CHUNK // block)
+    step = max(1, CHUNK // width)
+    for row in range(0, math.prod(lead), step):
+        rows = _rows(x, row, min(row + step, math.prod(lead)))
+        for first in range(0, blocks_in_row, part if step == 1 else blocks_in_row):
+            last = min(first + part, blocks_in_row) if step == 1 else blocks_in_row
+            blocks = rows[:, first * block : last * block].reshape(-1, block).float()
+            yield Piece(row, len(rows), first, last == blocks_in_row), rows, blocks
+
+
+def _rows(x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Rows start to stop of x (..., K) as [stop - start, K], a view where there can be one."""
+    try:
+        return x.view(-1, x.shape[-1])[start:stop]
+    except RuntimeError:  # its strides allow no view
+        index = torch.unravel_index(torch.arange(start, stop, device=x.device), x.shape[:-1])
+        return x[index]
+
+
+def _check_pair(x: torch.Tensor, q: Quantized) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x is a torch.Tensor, got {type(x).__name__}")
     if q.shape != x.shape:
         raise ValueError(f"x is {tuple(x.shape)}, its quantized form {tuple(q.shape)}")
     if q.codes.device != x.device:
         raise ValueError(f"x is on {x.device}, its quantized form on {q.codes.device}")
-    classes = scale_classes(q)
-    counts = torch.zeros(4, dtype=torch.int64, device=x.device)  # of _tally's integers
-    sums = torch.zeros(6, dtype=torch.float64, device=x.device)
-    for start, stop, blocks in iter_blocks(x, q.recipe.scale.block):
-        chunk_counts, chunk_sums = _tally(blocks.double(), q.decode_blocks(start, stop).double())
-        counts += chunk_counts
-        sums[5] = torch.maximum(sums[5], chunk_sums[5])
-        sums[:5] += chunk_sums[:5]
-    nonfinite_input, nonfinite_output, nonzero, flushed = counts.tolist()
-    xx, qq, xq, ee, abs_e, max_e = sums.tolist()
-    return Errors(
-        elements=x.numel(),
-        nonfinite_input=nonfinite_input,
-        nonfinite_output=nonfinite_output,
-        blocks=q.scales.numel(),
-        **{f"scale_{name}": count for name, count in classes.items()},
-        nonzero=nonzero,
-        flushed=flushed,
-        sum_xx=xx,
-        sum_qq=qq,
-        sum_xq=xq,
-        sum_ee=ee,
-        sum_abs_e=abs_e,
-        max_abs_e=max_e,
-    )
-
-
-def scale_classes(q: Quantized) -> dict[str, int]:
-    """How many block scales are zero, subnormal, normal, saturated (the format's largest), NaN."""
-    names = ("zero", "subnormal", "normal", "saturated", "nan")
-    fmt = q.recipe.scale.format
-    if fmt is None:
-        zero, nan = int((q.scales == 0).sum()), int(q.scales.isnan().sum())
-        return dict(zip(names, (zero, 0, q.scales.numel() - zero - nan, 0, nan), strict=True))
-    of_code = torch.bincount(q.scales.flatten().int(), minlength=256)
-    of_class = torch.zeros(4, dtype=torch.int64, device=q.scales.device)
-    every_code = torch.arange(len(fmt.values), device=q.scales.device)
-    of_class.index_add_(0, fmt.class_of(every_code).int(), of_code)
-    saturated = int(of_code[fmt.code_of_max])
-    zero, subnormal, normal, nan = (int(of_class[c]) for c in CodeClass)
-    return dict(zip(names, (zero, subnormal, normal - saturated, saturated, nan), strict=True))
 
 
 def scale_histogram(q: Quantized) -> pd.DataFrame:
@@ -169,22 +158,83 @@ def scale_histogram(q: Quantized) -> pd.DataFrame:
     )
 
 
-def _tally(x: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one chunk, float64 [n, block]: the four counts and the six sums of `measure`."""
-    x_finite, q_finite = x.isfinite(), q.isfinite()
-    counted = x_finite & q_finite
-    x, q = x.where(counted, 0), q.where(counted, 0)
-    e = q - x
-    counts = [~x_finite, x_finite & ~q_finite, x != 0, (x != 0) & (q == 0)]
-    sums = [x * x, q * q, x * q, e * e, e.abs()]
-    worst = e.abs().amax() if e.numel() else e.new_zeros(())
-    return (
-        torch.stack([c.sum() for c in counts]),
-        torch.stack([*(s.sum() for s in sums), worst]),
-    )
+def element_errors(x: torch.Tensor, q: Quantized | Recipe | str) -> pd.DataFrame:
+    """A row an element: columns token, block (in the row), channel, x, code, q, e (q - x).
+
+    x, q: as of `measure`, of a size for a frame. NaN and Inf stand as they are.
+    """
+    x, q = _pair(x, q)
+    token, channel = _places(x.shape[-1], x.numel())
+    decoded = q.dequantize()
+    columns = {"x": x.float(), "code": q.element_codes(), "q": decoded}
+    flat = {name: column.flatten().cpu().numpy() for name, column in columns.items()}
+    error = flat["q"].astype(np.float64) - flat["x"]
+    place = {"token": token, "block": channel // q.recipe.scale.block, "channel": channel}
+    return pd.DataFrame({**place, **flat, "e": error})
 
 
-def _ratio(part: float, whole: float, of_zeros: float = 0.0) -> float:
-    if whole:
-        return part / whole
-    return of_zeros if part == 0 else math.inf
+def block_errors(x: torch.Tensor, q: Quantized | Recipe | str) -> pd.DataFrame:
+    """A row a block: columns token, block (in the row), amax, crest, scale_code, scale, outer, xx,
+    ee, xq, flushed, lost, nmse, qsnr_db, gain.
+
+    Sums are over the elements where x and q are finite; lost counts the finite elements that decode
+    to NaN or Inf, amax and crest are of the finite elements of x. scale_code is None where scales
+    are float32, outer where the recipe has none. x, q: as of `measure`, of a size for a frame.
+    """
+    x, q = _pair(x, q)
+    token, block = _places(q.scales.shape[-1], q.scales.numel())
+    frame = _sums(x, q, q.recipe.scale.block)
+    stored = q.scales.flatten().cpu().numpy()
+    none = [None] * len(stored)
+    outer = none if q.outer is None else q.outer.expand(q.scales.shape).flatten().cpu().numpy()
+    first = {"token": token, "block": block, "amax": frame.pop("amax"), "crest": frame.pop("crest")}
+    scales = {
+        "scale_code": none if q.recipe.scale.format is None else stored,
+        "scale": q.decoded_scales().flatten().cpu().numpy(),
+        "outer": outer,
+    }
+    return with_ratios(pd.DataFrame({**first, **scales, **frame}))
+
+
+def token_errors(x: torch.Tensor, q: Quantized | Recipe | str) -> pd.DataFrame:
+    """A row a token: columns token, amax, crest, outer, xx, ee, xq, flushed, lost, nmse, qsnr_db,
+    gain; as `block_errors`, with crest that of the whole row."""
+    x, q = _pair(x, q)
+    frame = _sums(x, q, x.shape[-1])
+    outer = [None] * len(frame["xx"])
+    if q.outer is not None:
+        outer = q.outer.expand(*x.shape[:-1], 1).flatten().cpu().numpy()
+    first = {"token": np.arange(len(frame["xx"])), "amax": frame.pop("amax")}
+    first |= {"crest": frame.pop("crest"), "outer": outer}
+    return with_ratios(pd.DataFrame({**first, **frame}))
+
+
+def _pair(x: torch.Tensor, q: Quantized | Recipe | str) -> tuple[torch.Tensor, Quantized]:
+    q = q if isinstance(q, Quantized) else quantize(x, q)
+    _check_pair(x, q)
+    return x, q
+
+
+def _places(length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which row, and where in it, each of `count` things is, `length` to a row."""
+    return np.divmod(np.arange(count), max(1, length))
+
+
+def _sums(x: torch.Tensor, q: Quantized, length: int) -> dict[str, np.ndarray]:
+    """Sums and counts over consecutive elements, `length` at a time."""
+    x = x.reshape(-1, length).double()
+    decoded = q.dequantize().reshape(-1, length).double()
+    finite, lost = x.isfinite(), x.isfinite() & ~decoded.isfinite()
+    x = x.where(finite, 0.0)
+    amax, power = x.abs().amax(-1), x.square().sum(-1)
+    x, decoded = x.where(~lost, 0.0), decoded.where(finite & ~lost, 0.0)
+    sums = {
+        "amax": amax,
+        "crest": amax / (power / finite.sum(-1)).sqrt(),  # NaN where all are zero
+        "xx": x.square().sum(-1),
+        "ee": (decoded - x).square().sum(-1),
+        "xq": (x * decoded).sum(-1),
+        "flushed": ((x != 0) & (decoded == 0)).sum(-1),
+        "lost": lost.sum(-1),
+    }
+    return {name: values.cpu().numpy() for name, values in sums.items()}

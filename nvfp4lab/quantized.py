@@ -96,15 +96,19 @@ class Quantized:
 
         largest: what a product of finite factors is clamped to.
         """
-        fmt, scale = self.recipe.elements.format, self.recipe.scale
-        packed = self.codes.view(-1, scale.block * fmt.bits // 8)[start:stop]
+        return decode(*self.blocks(start, stop), self.recipe, largest)
+
+    def blocks(
+        self, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes [n, block], one to a byte, stored scales [n] and outer scale (None, () or [n, 1])
+        of the blocks start to stop, counted row-major over the whole tensor."""
+        fmt, block = self.recipe.elements.format, self.recipe.scale.block
+        packed = self.codes.view(-1, block * fmt.bits // 8)[start:stop]
         codes = packed if fmt.bits == 8 else layouts.unpack_nibbles(packed)
-        s = self.scales.view(-1)[start:stop, None]
-        s = s if scale.format is None else scale.format.decode(s)
-        value = fmt.decode(codes) * s
-        if self.outer is not None:
-            value *= outer_of_blocks(self.outer, self.scales.shape[-1], start, stop)
-        return value.clamp(-largest, largest).where(~s.isinf(), value)
+        g = self.outer
+        g = None if g is None else outer_of_blocks(g, self.scales.shape[-1], start, stop)
+        return codes, self.scales.view(-1)[start:stop], g
 
     @classmethod
     def from_buffers(
@@ -156,6 +160,26 @@ class Quantized:
         if outer is not None and outer_is == "encode":
             outer = torch.ones_like(outer) / outer
         return cls(codes, scales.reshape(expected), outer, recipe)
+
+
+def decode(
+    codes: torch.Tensor,
+    stored: torch.Tensor,
+    g: torch.Tensor | None,
+    recipe: Recipe,
+    largest: float = LARGEST_FLOAT32,
+) -> torch.Tensor:
+    """value(code) * s, then * g: codes [n, block], stored scales [n], g () or [n, 1] -> float32.
+
+    largest: what a product of finite factors is clamped to.
+    """
+    s = stored[:, None]
+    s = s if recipe.scale.format is None else recipe.scale.format.decode(s)
+    value = recipe.elements.format.decode(codes) * s
+    if g is not None:
+        value *= g
+    clamped = value.clamp(-largest, largest)
+    return clamped if recipe.scale.format is not None else clamped.where(~s.isinf(), value)
 
 
 def spans(count: int, block: int) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,9 @@
+"""Statistics: the measured error of a recipe on any number of tensors, and how two add up.
+
+`contents` says what is held, `measures` what is derived from it, `merging` adds, compares and
+saves, `tally` fills it from chunks of a tensor, `bins` has the histograms' fixed bins.
+"""
+
+from nvfp4lab.statistics.contents import digest as digest
+from nvfp4lab.statistics.merging import Statistics as Statistics
+from nvfp4lab.statistics.tally import Tally as Tally

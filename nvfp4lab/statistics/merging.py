@@ -1,0 +1,150 @@
+"""`Statistics`: the contents and their measures, with addition, equality and files.
+
+Two add up field by field: identities must agree, largest values take the larger one, the worst
+blocks are chosen again, all else adds. To save more, see `contents`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from nvfp4lab.statistics.contents import CHANNELS, WORST
+from nvfp4lab.statistics.measures import Measures
+
+KEPT = 10  # worst blocks
+VERSION = 1  # of the file; contents or bins that change get another one
+
+_IDENTITY = (
+    "recipe",
+    "digest",
+    "element_format",
+    "scale_format",
+    "block",
+    "quotient_width",
+    "magnitude_of_code",
+    "width",
+)
+_LARGEST = ("max_abs_e", "max_rel_e", "amax")
+
+
+class Statistics(Measures):
+    """The measured error of one recipe on any number of tensors; what `measure` returns.
+
+    `a + b` is what one pass over both gives, in any order and however rows were cut: counts,
+    histograms, largest values and worst blocks exactly, sums to 1e-12 of the sum of magnitudes.
+    """
+
+    def __repr__(self) -> str:
+        return (
+            f"Statistics({self.recipe}, {self.tokens} tokens, {self.elements} elements, "
+            f"QSNR {self.qsnr_db:.2f} dB, gain {self.gain:.4f})"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether every bit is the same."""
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        mine, theirs = self._arrays(), other._arrays()
+        return mine.keys() == theirs.keys() and all(
+            (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+            for a, b in zip(mine.values(), theirs.values(), strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __add__(self, other: Self) -> Self:
+        """Of both tensors. Raises: ValueError for two recipes, or two widths K."""
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        if self.digest != other.digest:
+            raise ValueError(
+                f"statistics of {self.recipe} ({self.digest}) and of {other.recipe} "
+                f"({other.digest}) do not add up: the recipes differ"
+            )
+        if self.width != other.width:
+            raise ValueError(
+                f"statistics of rows of {_width(self)} and of {_width(other)} do not add up; "
+                "drop the channels of both first: a.without_channels() + b.without_channels()"
+            )
+        return replace(self, **{n: _merged(n, self, other) for n in _names() if n not in _IDENTITY})
+
+    def without_channels(self) -> Self:
+        """The same without the sums of channels, so that other widths can be added to it."""
+        return replace(self, width=None, **{name: np.zeros(0) for name in CHANNELS})
+
+    def save(self, path: str | Path, note: str = "") -> None:
+        """Write one .npz, whole or not at all. note: any text to keep beside it."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            arrays: dict = {**self._arrays(), "note": np.array(note)}
+            np.savez_compressed(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """What `save` wrote, bit for bit.
+
+        Raises: ValueError for a file that is damaged or none of these; FileNotFoundError.
+        """
+        return cls.load_with_note(path)[0]
+
+    @classmethod
+    def load_with_note(cls, path: str | Path) -> tuple[Self, str]:
+        """As `load`, with the note beside it."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            note = str(arrays.pop("note"))
+            scalars = json.loads(str(arrays.pop("scalars")))
+            if (version := scalars.pop("version")) != VERSION:
+                raise ValueError(f"version {version}, this nvfp4lab reads {VERSION}")
+            worst = {name: arrays.pop(f"worst.{name}") for name in WORST}
+            if unlike := sorted(set(_names()) ^ {*arrays, *scalars, "worst"}):
+                raise ValueError(f"missing or unknown: {', '.join(unlike)}")
+            return cls(**scalars, **arrays, worst=worst), note
+        except FileNotFoundError:
+            raise
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is no whole file of statistics: {error}") from error
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """All of it as arrays; the numbers and names are one, JSON, which keeps every bit."""
+        values = {name: getattr(self, name) for name in _names() if name != "worst"}
+        arrays = {name: v for name, v in values.items() if isinstance(v, np.ndarray)}
+        scalars = {name: v for name, v in values.items() if name not in arrays}
+        arrays |= {f"worst.{name}": column for name, column in self.worst.items()}
+        return {"scalars": np.array(json.dumps({"version": VERSION, **scalars})), **arrays}
+
+
+def merged_worst(*parts) -> dict[str, np.ndarray]:
+    """The ten worst of several: most lost, largest error, then source, token and block."""
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in WORST}
+    keys = ("block", "token", "source")
+    order = np.lexsort([*(columns[k] for k in keys), -columns["ee"], -columns["lost"]])[:KEPT]
+    kept = {name: column[order] for name, column in columns.items()}
+    return kept | {"source": np.array(kept["source"].tolist(), dtype=str)}  # no wider than it needs
+
+
+def _merged(name: str, a: Statistics, b: Statistics):
+    mine, theirs = getattr(a, name), getattr(b, name)
+    if name == "worst":
+        return merged_worst(mine, theirs)
+    return max(mine, theirs) if name in _LARGEST else mine + theirs
+
+
+def _names() -> tuple[str, ...]:
+    return tuple(f.name for f in fields(Statistics))
+
+
+def _width(statistics: Statistics) -> str:
+    return "unknown width" if statistics.width is None else f"{statistics.width} elements"
