@@ -15,7 +15,6 @@ import torch
 
 import nvfp4lab as nv
 from nvfp4lab import controls
-from nvfp4lab.errors import scale_classes
 
 HERE = Path(__file__).parent
 SETS = ("smollm2", "v4-mini")
@@ -28,8 +27,7 @@ def statistics(hidden: torch.Tensor) -> dict[str, str]:
     channel_rms = x.square().mean(0).sqrt()
     block_amax = x.abs().unflatten(-1, (-1, 16)).amax(-1)
     amax_over_rms = (block_amax / x.square().mean(-1, keepdim=True).sqrt()).flatten()
-    q = nv.quantize(hidden, "nvfp4")
-    shares = {name: count / q.scales.numel() for name, count in scale_classes(q).items()}
+    measured = nv.measure(hidden, "nvfp4")
     return {
         "sigma": f"{x.std():.4f}",
         "kurtosis": f"{((x - x.mean()) ** 4).mean() / x.var() ** 2:.1f}",
@@ -39,7 +37,7 @@ def statistics(hidden: torch.Tensor) -> dict[str, str]:
         "p99.9": f"{amax_over_rms.quantile(0.999):.1f}",
         "largest value's energy": f"{100 * x.square().max() / x.square().sum():.1f} %",
         **{
-            f"scale {name}": f"{100 * shares[name]:.2f} %"
+            f"scale {name}": f"{100 * getattr(measured, f'scale_{name}') / measured.blocks:.2f} %"
             for name in ("zero", "subnormal", "normal", "saturated", "nan")
         },
     }
