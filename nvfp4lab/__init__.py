@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from nvfp4lab.staging import stage as stage
     from nvfp4lab.staging import stage_mega_moe_inputs as stage_mega_moe_inputs
     from nvfp4lab.statistics import Statistics as Statistics
+    from nvfp4lab.sweeps import sweep as sweep
+    from nvfp4lab.sweeps import sweep_statistics as sweep_statistics
 
 __version__ = "0.1.0"
 
@@ -52,6 +54,8 @@ _HOME = {
     "stage": "staging",
     "stage_mega_moe_inputs": "staging",
     "Statistics": "statistics",
+    "sweep": "sweeps",
+    "sweep_statistics": "sweeps",
 }
 _MODULES = (
     "blocks",
@@ -70,6 +74,7 @@ _MODULES = (
     "rules",
     "staging",
     "statistics",
+    "sweeps",
 )
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]

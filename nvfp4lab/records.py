@@ -137,18 +137,9 @@ def load_activations(
     was interrupted and has rows in no shard; FileNotFoundError.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no activations at {path}")
+    files = record_files(path)
     folder = path if path.is_dir() else path.parent
     listed = _listed(folder)
-    if not path.is_dir():
-        files = [path]
-    elif listed is not None:
-        files = [folder / name for name in listed]
-    else:
-        files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path} holds no record, expected .safetensors files")
     if sha256 is True:
         if listed is None:
             raise ValueError(f"{folder} has no {CAPTURE_FILE} to check sha256 against")
@@ -160,6 +151,26 @@ def load_activations(
     if path.is_dir() and (lost := sorted(sha256.keys() - {f.name for f in files})):
         raise ValueError(f"{path} lacks {', '.join(lost)}, whose sha256 was given")
     return tuple(_load(file, sha256[file.name]) for file in files)
+
+
+def record_files(path: str | Path) -> list[Path]:
+    """The files that `load_activations` reads, in its order; whether they are there is not asked.
+
+    Raises: as `load_activations`, of the path and its capture.json alone.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no activations at {path}")
+    listed = _listed(path if path.is_dir() else path.parent)
+    if not path.is_dir():
+        files = [path]
+    elif listed is not None:
+        files = [path / name for name in listed]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path} holds no record, expected .safetensors files")
+    return files
 
 
 def save_activations(path: str | Path, record: Activations) -> str:

@@ -131,7 +131,7 @@ def test_triton_is_required_on_linux_only():
 
 
 @pytest.mark.parametrize(
-    ("folder", "groups"), [("nvfp4lab", ["run", "capture"]), ("tests", ["run", "test"])]
+    ("folder", "groups"), [("nvfp4lab", ["run", "capture", "dask"]), ("tests", ["run", "test"])]
 )
 def test_every_import_is_declared(folder, groups):
     declared = {canonicalize_name(Requirement(line).name) for g in groups for line in GROUPS[g]}

@@ -3,27 +3,20 @@
 import itertools
 import math
 import zipfile
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sweep_runs import same
 
 import nvfp4lab as nv
 from nvfp4lab import statistics
 from nvfp4lab.statistics import Statistics, bins
 
 RECIPES = ("nvfp4", "nvfp4-token", "seed", "nvfp4-exact-scale", "nvint4", "mxfp8-deepseek-v4")
-EXACT = [f.name for f in fields(Statistics) if not f.name.startswith(("sum_", "channel_"))]
-EXACT = [n for n in EXACT if n not in ("amax_xx", "amax_ee", "quotient_e", "quotient_ee", "worst")]
-SIZES = {  # the sum of magnitudes that each sum is held against
-    "sum_xq": "sum_xx",
-    "sum_e": "sum_abs_e",
-    "quotient_e": "quotient_elements",
-    "channel_xq": "channel_xx",
-}
 
 
 def drawn(rows: int, width: int = 128, seed: int = 0) -> torch.Tensor:
@@ -35,18 +28,6 @@ def drawn(rows: int, width: int = 128, seed: int = 0) -> torch.Tensor:
     x[rows // 2, ::5] = 0.0
     x[rows // 3, 3], x[rows // 3, 40], x[-1, 64] = math.nan, math.inf, -math.inf
     return x.bfloat16()
-
-
-def same(a: Statistics, b: Statistics) -> bool:
-    """Counts, histograms, largest values and worst blocks to the bit; sums to 1e-12."""
-    exact = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in EXACT)
-    worst = all(a.worst[n].tobytes() == b.worst[n].tobytes() for n in a.worst)
-    sums = [f.name for f in fields(a) if f.name not in EXACT and f.name != "worst"]
-    sizes = {name: np.abs(getattr(b, SIZES.get(name, name))) for name in sums}
-    close = all(
-        (np.abs(getattr(a, name) - getattr(b, name)) <= 1e-12 * sizes[name]).all() for name in sums
-    )
-    return exact and worst and close
 
 
 def rows(frame: pd.DataFrame) -> list[SimpleNamespace]:
@@ -309,9 +290,9 @@ def test_addition_is_commutative_to_the_bit():
 
 
 def test_a_small_error_is_not_lost_among_large_ones(monkeypatch):
-    """2000 chunks that round: the running sums carry what they lose."""
+    """400 chunks that round: the running sums carry what they lose."""
     monkeypatch.setattr("nvfp4lab.errors.CHUNK", 16)
-    x = torch.rand(2000, 16, generator=torch.Generator().manual_seed(0)) * 1e8
+    x = torch.rand(400, 16, generator=torch.Generator().manual_seed(0)) * 1e8
     got, q = nv.measure(x, "nvfp4"), nv.quantize(x, "nvfp4")
     xx = math.fsum((x.double() ** 2).flatten().tolist())
     e = math.fsum((q.dequantize().double() - x.double()).flatten().tolist())

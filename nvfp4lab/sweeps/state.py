@@ -1,0 +1,193 @@
+"""What a sweep has counted, and the folder from which a killed one goes on.
+
+    layer03.expert_input.nvfp4.npz   Statistics, with the rows that they count as the file's note
+    largest.json                     each shard's largest magnitude, for outer scales per tensor
+
+Each file is replaced as a whole, so Statistics and their rows always go together: a kill loses what
+was counted in the last seconds and nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from filelock import FileLock, Timeout
+
+from nvfp4lab.records import label_of
+from nvfp4lab.rules import Recipe
+from nvfp4lab.statistics import Statistics, digest
+from nvfp4lab.sweeps.shards import Shard
+from nvfp4lab.sweeps.tasks import Largest
+
+SAVE_EVERY = 5.0  # seconds
+
+Key = tuple[int, str, str]  # layer, site, name of the recipe
+
+
+@dataclass
+class Entry:
+    """What is counted of one site under one recipe."""
+
+    layer: int
+    site: str
+    recipe: Recipe
+    statistics: Statistics
+    largest: Largest | None = None  # of the site, where the recipe's outer scale comes from it
+    done: dict[str, list[tuple[int, int]]] = field(default_factory=dict)  # path -> rows counted
+
+    @property
+    def key(self) -> Key:
+        return self.layer, self.site, self.recipe.name
+
+    def add(self, path: str, start: int, stop: int, statistics: Statistics) -> None:
+        self.statistics += statistics
+        merged: list[tuple[int, int]] = []
+        for a, b in sorted([*self.done.get(path, []), (start, stop)]):
+            if merged and merged[-1][1] == a:
+                merged[-1] = (merged[-1][0], b)
+            else:
+                merged.append((a, b))
+        self.done[path] = merged
+
+    def missing(self, shard: Shard) -> Iterator[tuple[int, int]]:
+        """The runs of rows of a shard that are not counted."""
+        at = 0
+        for start, stop in [*self.done.get(shard.path, []), (shard.tokens, shard.tokens)]:
+            if start > at:
+                yield at, start
+            at = stop
+
+
+class State:
+    """The folder of a sweep; without one it remembers nothing. Use as a context manager.
+
+    Raises: RuntimeError if another process is using the folder.
+    """
+
+    def __init__(self, folder: str | Path | None, shards: Sequence[Shard]):
+        self.folder = None if folder is None else Path(folder)
+        self._shards = {shard.path: shard for shard in shards}
+        self._changed: dict[Key, Entry] = {}
+        self._saved = time.monotonic()
+
+    def __enter__(self) -> State:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.folder / ".lock")
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout:
+                raise RuntimeError(f"{self.folder} is in use by another sweep") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.folder is not None:
+            self._save()
+            self._lock.release()
+
+    def load(self, empty: Entry) -> Entry:
+        """What is already counted of an entry, or the entry itself.
+
+        An outer scale for the tensor that has changed, because a shard was added, makes it start
+        again. Raises: ValueError if the file counts rows of a shard that has changed or is not in
+        this sweep, or is of another recipe.
+        """
+        path = self._file(empty)
+        if path is None or not path.exists():
+            return empty
+        statistics, note = Statistics.load_with_note(path)
+        about = _parsed(path, note)
+        if statistics.digest != digest(empty.recipe):
+            raise ValueError(
+                f"{path} is of another {statistics.recipe} than this sweep's: the recipe has "
+                "changed since; use another state folder, or remove the file to count again"
+            )
+        for shard_path, known in about["shards"].items():
+            self._check(path, shard_path, known)
+        largest = None if about["largest"] is None else Largest(*about["largest"])
+        if largest != empty.largest:
+            return empty
+        done = {p: [(a, b) for a, b in known["done"]] for p, known in about["shards"].items()}
+        return Entry(empty.layer, empty.site, empty.recipe, statistics, largest, done)
+
+    def changed(self, entry: Entry) -> None:
+        """Saves it within the next seconds, or at the end."""
+        self._changed[entry.key] = entry
+        if time.monotonic() - self._saved > SAVE_EVERY:
+            self._save()
+
+    def load_largest(self) -> dict[str, Largest]:
+        """Path -> the largest magnitude of each shard that is known and has not changed."""
+        path = None if self.folder is None else self.folder / "largest.json"
+        if path is None or not path.exists():
+            return {}
+        about = _parsed(path, path.read_text())
+        return {
+            shard: Largest(*known["largest"])
+            for shard, known in about["shards"].items()
+            if shard in self._shards and _fingerprint(self._shards[shard]) == _of_known(known)
+        }
+
+    def save_largest(self, largest: Mapping[str, Largest]) -> None:
+        if self.folder is None:
+            return
+        known = {
+            path: _described(self._shards[path], largest=list(value))
+            for path, value in largest.items()
+        }
+        partial = self.folder / "largest.json.partial"
+        partial.write_text(json.dumps({"shards": known}))
+        os.replace(partial, self.folder / "largest.json")
+
+    def _check(self, path: Path, shard_path: str, known: Mapping[str, Any]) -> None:
+        shard = self._shards.get(shard_path)
+        if shard is None:
+            raise ValueError(
+                f"{path} counts rows of {shard_path}, which is not among this sweep's readable "
+                "shards; use another state folder"
+            )
+        if _fingerprint(shard) != _of_known(known):
+            raise ValueError(
+                f"{path} counts rows of {shard_path}, which has changed since: size and time "
+                f"{_of_known(known)}, now {_fingerprint(shard)}; use another state folder"
+            )
+
+    def _save(self) -> None:
+        for entry in self._changed.values():
+            path = self._file(entry)
+            if path is not None:
+                shards = {p: _described(self._shards[p], done=d) for p, d in entry.done.items()}
+                about = {"largest": entry.largest, "shards": shards}
+                entry.statistics.save(path, note=json.dumps(about))
+        self._changed.clear()
+        self._saved = time.monotonic()
+
+    def _file(self, entry: Entry) -> Path | None:
+        name = f"{label_of(entry.layer, entry.site)}.{entry.recipe.name}"
+        return None if self.folder is None else self.folder / f"{quote(name, safe='')}.npz"
+
+
+def _described(shard: Shard, **more: Any) -> dict[str, Any]:
+    return {"size": shard.size, "mtime_ns": shard.mtime_ns, **more}
+
+
+def _fingerprint(shard: Shard) -> tuple[int, int]:
+    return shard.size, shard.mtime_ns
+
+
+def _of_known(known: Mapping[str, Any]) -> tuple[int, int]:
+    return known["size"], known["mtime_ns"]
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return {"largest": None, "shards": {}, **json.loads(text)}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no state of a sweep: {error}") from error
