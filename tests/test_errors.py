@@ -4,11 +4,13 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sweep_runs import same
 
 import nvfp4lab as nv
 from nvfp4lab import errors
@@ -96,6 +98,13 @@ def test_rows_longer_than_a_chunk_measure_alike(recipe, monkeypatch):
     assert got.sum_ee == pytest.approx(want.sum_ee, rel=1e-12)
     np.testing.assert_allclose(got.channel_ee, want.channel_ee, rtol=1e-12)
     assert got.worst_blocks().astype(str).equals(want.worst_blocks().astype(str))
+
+
+@pytest.mark.parametrize("recipe", DETERMINISTIC)
+def test_a_gpu_counts_as_the_cpu_does(recipe, gpu):
+    x = with_specials(50, 448)
+    got, want = nv.measure(x.to(gpu), recipe), nv.measure(x, recipe)
+    assert same(replace(got, worst=want.worst), want)
 
 
 def test_nothing_gives_empty_statistics():

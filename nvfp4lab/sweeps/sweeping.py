@@ -46,16 +46,17 @@ class Swept:
         """A row a layer, site and recipe: tokens (counted), tokens_failed (in shards that could be
         opened, but not counted), then everything of `Statistics.to_frame`."""
         rows = []
-        for (layer, site, _), statistics in self.statistics.items():
-            row = statistics.to_frame()
-            left_out = self.planned[layer, site] - statistics.tokens
-            row.insert(0, "tokens_failed", [left_out])
-            row.insert(0, "tokens", row.pop("tokens"))
-            row.insert(0, "recipe", row.pop("recipe"))
-            row.insert(0, "site", [site])
-            row.insert(0, "layer", [layer])
-            rows.append(row)
-        frame = pd.concat(rows, ignore_index=True)
+        for (layer, site, recipe), statistics in self.statistics.items():
+            (numbers,) = statistics.to_frame().to_dict("records")
+            first = {
+                "layer": layer,
+                "site": site,
+                "recipe": recipe,
+                "tokens": statistics.tokens,
+                "tokens_failed": self.planned[layer, site] - statistics.tokens,
+            }
+            rows.append({**first, **numbers})
+        frame = pd.DataFrame(rows)
         frame.attrs["failed"] = [failure.as_dict() for failure in self.failed]
         return frame
 

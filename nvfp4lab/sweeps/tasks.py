@@ -69,12 +69,15 @@ class Task:
 
 def find_largest(task: Task) -> Largest:
     """Of the task's rows."""
-    magnitude = _rows(task).abs()
-    if not magnitude.numel():
+    x = _rows(task)
+    if not x.numel():
         return Largest(0.0, False, False)
-    finite = magnitude.isfinite()
-    amax = magnitude.where(finite, 0.0).amax().item()
-    return Largest(amax, bool(magnitude.isnan().any()), bool(magnitude.isinf().any()))
+    low, high = x.aminmax()  # NaN if one is there
+    amax = max(-low.item(), high.item())
+    if math.isfinite(amax):
+        return Largest(abs(amax), False, False)
+    amax = x.abs().where(x.isfinite(), 0.0).amax().item()
+    return Largest(amax, bool(x.isnan().any()), bool(x.isinf().any()))
 
 
 def measured(task: Task) -> Statistics:
