@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from nvfp4lab.statistics import Statistics as Statistics
     from nvfp4lab.sweeps import sweep as sweep
     from nvfp4lab.sweeps import sweep_statistics as sweep_statistics
+    from nvfp4lab.theory import expected_error as expected_error
+    from nvfp4lab.theory import predict as predict
 
 __version__ = "0.1.0"
 
@@ -53,6 +55,8 @@ _HOME = {
     "recipes": "catalogue",
     "stage": "staging",
     "stage_mega_moe_inputs": "staging",
+    "expected_error": "theory",
+    "predict": "theory",
     "Statistics": "statistics",
     "sweep": "sweeps",
     "sweep_statistics": "sweeps",

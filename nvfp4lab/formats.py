@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -143,6 +143,14 @@ class Format:
                 index = index.where(~(x < 0), -index) & (2**self.bits - 1)
         return index.to(torch.uint8)
 
+    def boundaries(self, rounding: Rounding = "ties-to-even") -> np.ndarray:
+        """The exact magnitudes at which a nonnegative number's code steps up: float64, sorted.
+
+        The last one is the step out of the largest finite value. For `stochastic` they are the
+        magnitudes themselves, between which a code is drawn.
+        """
+        return _boundaries(self, _of_magnitudes(rounding))
+
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """The value of each code, NaN for a NaN code: uint8 -> float32 of the same shape."""
         return _values(self, codes.device)[codes.int()]
@@ -157,6 +165,28 @@ class Format:
     def class_of(self, codes: torch.Tensor) -> torch.Tensor:
         """The `CodeClass` of each code: uint8 of any shape -> uint8 of that shape."""
         return _classes(self, codes.device)[codes.int()]
+
+    def by_class(self, of_code: np.ndarray) -> dict[str, Any]:
+        """What is counted of each code [2**bits], by class: zero, subnormal, normal, saturated (the
+        largest finite code, which is in no other class), nan.
+        """
+        kind = np.array([self._class_of_value(v) for v in self.values])
+        sums = {c.name.lower(): of_code[kind == c].sum() for c in CodeClass}
+        largest = of_code[[abs(v) == self.max for v in self.values]].sum()
+        return {
+            "zero": sums["zero"],
+            "subnormal": sums["subnormal"],
+            "normal": sums["normal"] - largest,
+            "saturated": largest,
+            "nan": sums["nan"],
+        }
+
+    def _class_of_value(self, value: float) -> CodeClass:
+        if value != value:
+            return CodeClass.NAN
+        if value == 0:
+            return CodeClass.ZERO
+        return CodeClass.NORMAL if abs(value) >= self.smallest_normal else CodeClass.SUBNORMAL
 
     def _check(self, x, rounding, subnormals, overflow, generator) -> None:
         if x.dtype != torch.float32:
@@ -245,44 +275,58 @@ def _as_float32(numbers) -> np.ndarray:
 def _threshold_table(fmt: Format, rounding: str) -> np.ndarray:
     """float32 thresholds t_0 < t_1 < ...: a magnitude rounds to index i + 1 or more iff > t_i.
 
-    One for each step from a magnitude to the next, the last of them out of the largest finite one.
-    A step taken *at* its boundary has the float32 just below the boundary as its threshold.
+    One for each of `_boundaries`; a step taken *at* its boundary has the float32 just below it.
     """
+    boundaries = _boundaries(fmt, rounding)
+    index = np.arange(len(boundaries))
+    match rounding:
+        case "toward-zero" | "ties-away" | "up-from-three-quarters":
+            taken_at = index >= 0
+        case "from-zero" | "ties-to-zero":
+            taken_at = index < 0
+        case "ties-to-even":
+            taken_at = index % 2 == 1
+        case "ties-to-odd":
+            taken_at = index % 2 == 0
+        case _:
+            raise AssertionError(rounding)
+    nearest = _as_float32(boundaries)
+    return np.where(taken_at, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+
+
+def _boundaries(fmt: Format, rounding: str) -> np.ndarray:
+    """float64: the magnitude at which index i becomes i + 1, the last out of the largest finite."""
     steps = [float(m) for m in fmt.magnitudes[: fmt.code_of_max + 1]]
     beyond = fmt.magnitudes[-1] if fmt.nan_code is not None else 2 * steps[-1] - steps[-2]
     low, high = np.array(steps), np.array([*steps[1:], beyond])
-    index = np.arange(len(low))
     match rounding:
         case "toward-zero":
-            return np.nextafter(_as_float32(high), np.float32(-np.inf))
+            return high
         case "from-zero":
-            return _as_float32(low)
-        case "ties-to-even":
-            tie_steps = index % 2 == 1
-        case "ties-to-odd":
-            tie_steps = index % 2 == 0
-        case "ties-away":
-            tie_steps = index >= 0
-        case "ties-to-zero":
-            tie_steps = index < 0
+            return low
         case "up-from-three-quarters":
-            return np.nextafter(_as_float32((low + 3 * high) / 4), np.float32(-np.inf))
+            return (low + 3 * high) / 4
         case _:
-            raise AssertionError(rounding)
-    middle = _as_float32((low + high) / 2)
-    return np.where(tie_steps, np.nextafter(middle, np.float32(-np.inf)), middle)
+            return (low + high) / 2
 
 
-def _overflow_threshold(fmt: Format, rounding: Rounding) -> float:
-    """A magnitude above this one rounds past the largest finite value."""
-    directed = {
+def _of_magnitudes(rounding: Rounding) -> str:
+    """What a rounding does to a nonnegative number, and `encode` to all of a format without sign.
+
+    Stochastic rounding takes the magnitude below or above; its steps are between those.
+    """
+    return {
         "up": "from-zero",
         "down": "toward-zero",
         "stochastic": "toward-zero",
         "ties-up": "ties-away",
         "ties-down": "ties-to-zero",
-    }
-    return float(_threshold_table(fmt, directed.get(rounding, rounding))[-1])
+    }.get(rounding, rounding)
+
+
+def _overflow_threshold(fmt: Format, rounding: Rounding) -> float:
+    """A magnitude above this one rounds past the largest finite value."""
+    return float(_threshold_table(fmt, _of_magnitudes(rounding))[-1])
 
 
 def _count_below(magnitude: torch.Tensor, thresholds: np.ndarray) -> torch.Tensor:
@@ -308,14 +352,8 @@ def _magnitudes(fmt: Format, device: torch.device) -> torch.Tensor:
 
 @lru_cache
 def _classes(fmt: Format, device: torch.device) -> torch.Tensor:
-    def class_of(value: float) -> CodeClass:
-        if value != value:
-            return CodeClass.NAN
-        if value == 0:
-            return CodeClass.ZERO
-        return CodeClass.NORMAL if abs(value) >= fmt.smallest_normal else CodeClass.SUBNORMAL
-
-    return torch.tensor([class_of(v) for v in fmt.values], dtype=torch.uint8, device=device)
+    classes = [fmt._class_of_value(v) for v in fmt.values]
+    return torch.tensor(classes, dtype=torch.uint8, device=device)
 
 
 E2M1 = Format("E2M1", 4, 1, _float_magnitudes(2, 1, bias=1), 1.0, "sign bit")
