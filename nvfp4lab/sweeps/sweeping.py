@@ -79,10 +79,10 @@ def sweep(
     shards: a record file or capture folder, or several. executor: None, in this process; else any
     concurrent.futures.Executor: threads, `nvfp4lab.sweeps.processes(8)`, or for more than one
     machine, which must all see the files, dask's `client.get_executor()`. Each worker uses a GPU of
-    its own where there is one. state: a folder that keeps what is counted; the same call goes on
-    after a kill, and computes just what is missing after a recipe or shard was added.
-    progress: a bar of elements on stderr. rows: of a task, a multiple of 256; None: about 2^24
-    elements. in_flight: tasks submitted at a time.
+    its own where there is one (tested with made-up GPUs only, see `workers`). state: a folder that
+    keeps what is counted: the same call goes on after a kill, and computes just what is missing
+    after a recipe or shard was added. progress: a bar of elements on stderr. rows: of a task, a
+    multiple of 256; None: about 2^24 elements. in_flight: tasks submitted at a time.
 
     Columns: layer, site, recipe, tokens (counted), tokens_failed, and those of
     `Statistics.to_frame`. What could not be counted is in `frame.attrs["failed"]`, each with path,
@@ -171,14 +171,17 @@ class _Run:
             for shard in left.values()
             for span in _cut(0, shard.tokens, shard.width, self.rows)
         ]
-        for task, result in self._outcomes(find_largest, iter(tasks), tasks, "largest magnitude"):
-            if not isinstance(result, Exception):
+        failed: dict[str, str] = {}
+        total = sum(task.elements for task in tasks)
+        for task, result in self._outcomes(find_largest, tasks, total, "largest magnitude"):
+            if isinstance(result, Exception):
+                failed[task.path] = f"its largest magnitude could not be found: {_said(result)}"
+            else:
                 found[task.path] = found[task.path].with_(result)
-            elif found.pop(task.path, None) is not None:
-                why = f"its largest magnitude could not be found: {_said(result)}"
-                tokens = left[task.path].tokens
-                self.failures += [Failure(task.path, 0, tokens, r.name, why) for r in recipes]
-        known |= found
+        for path, why in failed.items():
+            stop = left[path].tokens
+            self.failures += [Failure(path, 0, stop, recipe.name, why) for recipe in recipes]
+        known |= {path: value for path, value in found.items() if path not in failed}
         self.store.save_largest(known)
         return known
 
@@ -195,7 +198,8 @@ class _Run:
                 own = [e for (label, _), e in entries.items() if label == shard.label]
                 yield from _missing(shard, own, largest, self.rows)
 
-        for task, result in self._outcomes(measured, tasks(), tasks(), "sweep"):
+        total = sum(task.elements for task in tasks())
+        for task, result in self._outcomes(measured, tasks(), total, "sweep"):
             assert task.recipe is not None
             if isinstance(result, Exception):
                 name = task.recipe.name
@@ -206,10 +210,10 @@ class _Run:
                 self.store.changed(entry)
 
     def _outcomes(
-        self, work: Callable, tasks: Iterator[Task], again: Iterable[Task], what: str
+        self, work: Callable, tasks: Iterable[Task], total: int, what: str
     ) -> Iterator[tuple[Task, Any]]:
-        """Those of the tasks on the executor, with the bar; again: the tasks once more."""
-        self.bar.reset(total=sum(task.elements for task in again))
+        """Those of the tasks on the executor, with the bar; total: of their elements."""
+        self.bar.reset(total)
         self.bar.set_description(what)
         for task, result in outcomes(work, tasks, self.executor, self.in_flight):
             yield task, result

@@ -43,7 +43,8 @@ def check_executor(executor: Any) -> None:
 def processes(count: int) -> ProcessPoolExecutor:
     """An executor of `count` new processes that share the cores and leave Ctrl-C to their parent.
 
-    They are spawned, not forked: a fork of a process that uses torch's threads or CUDA may hang.
+    They are spawned, not forked: a fork of a process that uses torch's threads or CUDA may hang. So
+    a script that uses them starts below `if __name__ == "__main__":`, as multiprocessing asks.
     """
     threads = max(1, (os.cpu_count() or 1) // count)
     spawn = multiprocessing.get_context("spawn")
@@ -113,8 +114,11 @@ class _Alone:
         self._pool: ProcessPoolExecutor | None = None
 
     def run(self, work: Callable, task: Any) -> Any:
-        self._pool = self._pool or processes(1)
-        result = _caught(self._pool.submit(work, task).result)
+        future = None if self._pool is None else _submitted(self._pool, work, task)
+        if future is None:
+            self._pool = processes(1)
+            future = self._pool.submit(work, task)
+        result = _caught(future.result)
         if isinstance(result, BrokenExecutor):
             self.close()
             return RuntimeError(f"its worker process died: {result}")
