@@ -39,11 +39,10 @@ def same(a: Statistics, b: Statistics) -> bool:
 
 
 def hidden(rows: int, seed: int, scale: float = 1.0, width: int = WIDTH) -> torch.Tensor:
-    """Gaussian rows over many binades, with a NaN and an Inf."""
+    """Gaussian rows over many binades."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, width, generator=generator) * scale
     x *= 2.0 ** torch.randint(-12, 8, (rows, 1), generator=generator)
-    x[rows // 3, 5], x[rows // 2, 20] = float("nan"), float("inf")
     return x.bfloat16()
 
 
@@ -54,11 +53,13 @@ def save(path: Path, x: torch.Tensor, layer: int = 0, site: str = "mlp_input") -
 
 
 def capture(folder: Path) -> Path:
-    """Two layers, the first of two shards, without a capture.json."""
+    """Two layers, the first of two shards, the second with a NaN and an Inf; no capture.json."""
     folder.mkdir()
-    save(folder / "layer00.a.safetensors", hidden(700, 0))
-    save(folder / "layer00.b.safetensors", hidden(300, 1, scale=4.0))
-    save(folder / "layer01.a.safetensors", hidden(520, 2), layer=1)
+    poisoned = hidden(520, 2)
+    poisoned[100, 5], poisoned[300, 20] = float("nan"), float("inf")
+    save(folder / "layer00.a.safetensors", hidden(700, 0, scale=4.0))
+    save(folder / "layer00.b.safetensors", hidden(300, 1))
+    save(folder / "layer01.a.safetensors", poisoned, layer=1)
     return folder
 
 
