@@ -7,15 +7,19 @@ import os
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from nvfp4lab import records
+import nvfp4lab as nv
+from nvfp4lab import records, sweeps
 from nvfp4lab.statistics import Statistics
 from nvfp4lab.sweeps import tasks
 
 WIDTH = 64
+QUIET: dict[str, Any] = {"progress": False}
+RECIPES = ["nvfp4", "nvfp4-tensor", "nvfp4-token", "nvfp4-stochastic", "transformer-engine"]
 EXACT = [f.name for f in fields(Statistics) if not f.name.startswith(("sum_", "channel_"))]
 EXACT = [n for n in EXACT if n not in ("amax_xx", "amax_ee", "quotient_e", "quotient_ee", "worst")]
 SIZES = {  # the sum of magnitudes that each sum is held against
@@ -36,6 +40,23 @@ def same(a: Statistics, b: Statistics) -> bool:
         (np.abs(getattr(a, name) - getattr(b, name)) <= 1e-12 * sizes[name]).all() for name in sums
     )
     return exact and worst and close
+
+
+def swept(*arguments, **options) -> sweeps.Swept:
+    """sweep_statistics without a bar."""
+    return nv.sweep_statistics(*arguments, **(QUIET | options))
+
+
+def fail_on_rows(monkeypatch, start: int) -> None:
+    """The rows of layer00.a that begin there cannot be read."""
+    rows_of = tasks._rows
+
+    def failing(task: tasks.Task) -> torch.Tensor:
+        if task.path.endswith("layer00.a.safetensors") and task.start == start:
+            raise MemoryError("none left")
+        return rows_of(task)
+
+    monkeypatch.setattr(tasks, "_rows", failing)
 
 
 def hidden(rows: int, seed: int, scale: float = 1.0, width: int = WIDTH) -> torch.Tensor:

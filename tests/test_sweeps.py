@@ -1,12 +1,10 @@
-"""Sweeps against nvfp4lab.measure, over executors, cuts, failures, kills and resumption."""
+"""Sweeps against nvfp4lab.measure, over executors, cuts and failures."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,28 +12,33 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sweep_runs import WIDTH, capture, die_on_layer01, double, fragile, hidden, same, save
+from sweep_runs import (
+    QUIET,
+    RECIPES,
+    WIDTH,
+    capture,
+    die_on_layer01,
+    double,
+    fail_on_rows,
+    fragile,
+    hidden,
+    same,
+    save,
+    swept,
+)
 
 import nvfp4lab as nv
 from nvfp4lab import sweeps
-from nvfp4lab.sweeps import state, tasks, workers
-
-QUIET: dict[str, Any] = {"progress": False}
-RECIPES = ["nvfp4", "nvfp4-tensor", "nvfp4-token", "nvfp4-stochastic", "transformer-engine"]
+from nvfp4lab.sweeps import tasks, workers
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     return capture(tmp_path / "capture")
-
-
-def swept(*arguments, **options) -> sweeps.Swept:
-    return nv.sweep_statistics(*arguments, **(QUIET | options))
 
 
 def site(folder: Path, layer: int) -> torch.Tensor:
@@ -242,18 +245,6 @@ def test_a_missing_file_among_others_is_named(folder):
     assert got.to_frame().tokens.tolist() == [520]
 
 
-def fail_on_rows(monkeypatch, start: int) -> None:
-    """The rows of layer00.a that begin there cannot be read."""
-    rows_of = tasks._rows
-
-    def failing(task: tasks.Task) -> torch.Tensor:
-        if task.path.endswith("layer00.a.safetensors") and task.start == start:
-            raise MemoryError("none left")
-        return rows_of(task)
-
-    monkeypatch.setattr(tasks, "_rows", failing)
-
-
 def test_rows_that_fail_are_named_and_missed(folder, monkeypatch):
     fail_on_rows(monkeypatch, 512)
     got = swept(folder, "nvfp4", rows=256)
@@ -314,166 +305,6 @@ def test_an_error_in_between_cancels_what_waits():
         began = time.monotonic()
         running.close()
     assert time.monotonic() - began < 2
-
-
-def interrupted(folder: Path, kept: Path, after: int) -> None:
-    """A sweep with a state that ends with KeyboardInterrupt at its task number `after`."""
-    counter = itertools.count()
-    measured = tasks.measured
-
-    def stopping(task):
-        if next(counter) == after:
-            raise KeyboardInterrupt
-        return measured(task)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nvfp4lab.sweeps.sweeping.measured", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            swept(folder, RECIPES, rows=256, state=kept)
-
-
-def counting(monkeypatch) -> list[tasks.Task]:
-    """The tasks that are measured from now on."""
-    done, measured = [], tasks.measured
-
-    def noted(task):
-        done.append(task)
-        return measured(task)
-
-    monkeypatch.setattr("nvfp4lab.sweeps.sweeping.measured", noted)
-    return done
-
-
-@pytest.mark.parametrize("after", [0, 1, 7, 26])
-def test_an_interrupted_sweep_goes_on_where_it_was(folder, tmp_path, after, monkeypatch):
-    undisturbed = swept(folder, RECIPES, rows=256)
-    interrupted(folder, tmp_path / "state", after)
-    done = counting(monkeypatch)
-    got = swept(folder, RECIPES, rows=256, state=tmp_path / "state")
-    assert got.statistics == undisturbed.statistics
-    assert len(done) == 40 - after  # 8 runs of rows under 5 recipes
-
-
-def test_a_finished_sweep_computes_nothing_again(folder, tmp_path, monkeypatch):
-    first = swept(folder, RECIPES, state=tmp_path / "state")
-    done = counting(monkeypatch)
-    monkeypatch.setattr("nvfp4lab.sweeps.sweeping.find_largest", None)  # an error if called
-    assert swept(folder, RECIPES, state=tmp_path / "state").statistics == first.statistics
-    assert done == []
-
-
-def test_an_added_recipe_and_shard_alone_are_computed(folder, tmp_path, monkeypatch):
-    swept(folder, "nvfp4", state=tmp_path / "state")
-    done = counting(monkeypatch)
-    save(folder / "layer02.a.safetensors", hidden(40, 5), layer=2)
-    got = swept(folder, ["nvfp4", "seed"], state=tmp_path / "state")
-    assert {(task.label[:7], task.recipe and task.recipe.name) for task in done} == {
-        ("layer00", "seed"),
-        ("layer01", "seed"),
-        ("layer02", "seed"),
-        ("layer02", "nvfp4"),
-    }
-    assert len(got.to_frame()) == 6
-
-
-def test_an_added_shard_with_a_larger_amax_counts_its_site_again(folder, tmp_path):
-    swept(folder, "nvfp4-tensor", state=tmp_path / "state")
-    save(folder / "layer00.c.safetensors", hidden(40, 5, scale=1000.0))
-    got = swept(folder, "nvfp4-tensor", state=tmp_path / "state")
-    assert got.statistics == swept(folder, "nvfp4-tensor").statistics
-
-
-def test_other_cuts_go_on_from_the_same_state(folder, tmp_path):
-    interrupted(folder, tmp_path / "state", 9)
-    got = swept(folder, RECIPES, rows=512, state=tmp_path / "state")
-    undisturbed = swept(folder, RECIPES)
-    assert all(same(got.statistics[key], undisturbed.statistics[key]) for key in got.statistics)
-
-
-def test_failed_rows_are_tried_again(folder, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        fail_on_rows(patch, 256)
-        assert swept(folder, "nvfp4", rows=256, state=tmp_path / "state").failed
-    got = swept(folder, "nvfp4", rows=256, state=tmp_path / "state")
-    assert not got.failed and got.to_frame().tokens.tolist() == [1000, 520]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("recipe", "is of another nvfp4 than this sweep's: the recipe has changed"),
-        ("shard", r"counts rows of .*layer00.a.safetensors, which has changed since"),
-        ("shards", r"counts rows of .*, which is not among this sweep's readable shards"),
-        ("file", "is no whole file of statistics"),
-    ],
-)
-def test_a_state_of_something_else_is_refused(folder, tmp_path, change, message):
-    kept, recipe, shards = tmp_path / "state", nv.recipe("nvfp4"), [folder]
-    swept(folder, recipe, state=kept)
-    match change:
-        case "recipe":
-            recipe = replace(recipe, elements=replace(recipe.elements, rounding="ties-away"))
-        case "shard":
-            save(folder / "layer00.a.safetensors", hidden(701, 0))
-        case "shards":
-            shards = [folder / "layer00.a.safetensors"]
-        case "file":
-            (kept / "layer00.mlp_input.nvfp4.npz").write_bytes(b"PK")
-    before = {path.name: path.read_bytes() for path in kept.iterdir()}
-    with pytest.raises(ValueError, match=message):
-        swept(shards, recipe, state=kept)
-    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
-
-
-def test_a_state_in_use_is_refused(folder, tmp_path):
-    with state.State(tmp_path / "state", []):
-        done = subprocess.run(
-            [sys.executable, "-m", "nvfp4lab.cli", "sweep", str(folder), "--recipes", "nvfp4",
-             "--out", "o.csv", "--state", str(tmp_path / "state")],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(Path(nv.__file__).parents[1])},
-            capture_output=True,
-            text=True,
-        )  # fmt: skip
-    assert done.returncode == 2 and "is in use by another sweep" in done.stderr
-
-
-def test_what_is_kept_are_statistics(folder, tmp_path):
-    got = swept(folder, ["nvfp4", "seed"], state=tmp_path / "state")
-    kept = nv.Statistics.load(tmp_path / "state" / "layer01.mlp_input.seed.npz")
-    assert kept == got.statistics[1, "mlp_input", "seed"]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
-def test_a_killed_sweep_goes_on_where_it_was(folder, tmp_path, monkeypatch):
-    undisturbed = swept(folder, RECIPES, rows=256)
-    kept = tmp_path / "state"
-    code = f"""if True:
-    import time
-    import nvfp4lab as nv
-    from nvfp4lab.sweeps import state, sweeping, tasks
-    state.SAVE_EVERY = 0
-    measured = tasks.measured
-    def slow(task):
-        time.sleep(0.05)
-        return measured(task)
-    sweeping.measured = slow
-    nv.sweep({str(folder)!r}, {RECIPES!r}, rows=256, state={str(kept)!r}, progress=False)
-    """
-    running = subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(Path(nv.__file__).parents[1])},
-    )
-    deadline = time.monotonic() + 60
-    while len(list(kept.glob("*.npz"))) < len(RECIPES):
-        assert running.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
-    done = counting(monkeypatch)
-    got = swept(folder, RECIPES, rows=256, state=kept)
-    assert 0 < len(done) < 40
-    assert got.statistics == undisturbed.statistics
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux's /proc")
