@@ -1,4 +1,4 @@
-"""The README holds: its example prints what it says, its picture is the notebook's."""
+"""The README holds: its examples print what it says, its picture is the notebook's."""
 
 import base64
 import contextlib
@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pytest
 
 import nvfp4lab as nv
 
@@ -14,8 +15,11 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_prints_what_it_says():
-    code, printed = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", README, re.DOTALL).groups()  # type: ignore[union-attr]
+EXAMPLES = re.findall(r"```python\n((?:(?!```).)*)```\n\n```\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize(("code", "printed"), EXAMPLES, ids=["ten lines", "theory"])
+def test_an_example_prints_what_it_says(code, printed):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(code, {})

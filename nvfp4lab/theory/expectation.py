@@ -197,8 +197,9 @@ def expectation(
     sums: Sums, recipe: Recipe, law: str, sigma: float, relative_error: float
 ) -> Expectation:
     """Sums over a block, of elements with root mean square sigma, as what to expect of them."""
-    energy = recipe.scale.block * sigma**2 - sums.lost_energy
-    counted = sums.codes.sum()
+    energy, counted = recipe.scale.block * sigma**2 - sums.lost_energy, sums.codes.sum()
+    if counted < ROUNDOFF:  # all blocks have a NaN scale
+        energy = math.nan
     off = sums.product / energy
     decoded = 1 + 2 * off + sums.error / energy  # E q^2 / E x^2
     return Expectation(

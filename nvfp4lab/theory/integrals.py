@@ -8,8 +8,8 @@ f(x), f being a square error, a product or the indicator of a code, has the expe
 
 with f known where the scale is. Both integrals are cut where anything has a corner (a scale code
 steps, a quotient crosses a rounding boundary) and where the law needs resolving; on each piece
-Gauss-Legendre quadrature sees a smooth function. Nothing is subtracted, so nothing cancels. To let
-the theory return one more sum, add it to `Sums`.
+Gauss-Legendre quadrature sees a smooth function; nothing large is subtracted, so nothing cancels.
+To let the theory return one more sum, add it to `Sums` and to `collect`.
 """
 
 from __future__ import annotations
@@ -124,11 +124,9 @@ class BlockLaw:
 
     def weights(self, m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """B g G^(B-1) and B (B-1) g G^(B-2), the weights of the largest and of the others."""
-        b, density = self.block, self.law.pdf(m)
-        all_below = self.law.largest_cdf(m, b - 2)
-        return b * density * all_below * self.law.largest_cdf(m, 1), b * (
-            b - 1
-        ) * density * all_below
+        b = self.block
+        one_at_m = b * self.law.pdf(m) * self.law.largest_cdf(m, b - 2)
+        return one_at_m * self.law.largest_cdf(m, 1), one_at_m * (b - 1)
 
 
 # Rows of what is integrated of an element x: the probability of its cell's lower code and of its
@@ -179,7 +177,7 @@ def over_step(step: Step, cells: Cells, of: BlockLaw) -> Sums:
     largest = (of_element(m, cell[:, None], step, cells) * weight_max).sum(-1)
 
     # The others: whole panels below the one that m is in, then up to m.
-    base, base_cell = moments(below(step.low, corners, of), step, cells, of)
+    base, base_cell = moments(panels_below(step.low, corners, of), step, cells, of)
     whole, _ = moments(ends, step, cells, of)
     x, inner = on(np.broadcast_to(ends[:-1, None], m.shape), m, of.nodes)
     partial = of_element(x, cell[:, None, None], step, cells) * (inner * of.law.pdf(x))
@@ -200,13 +198,14 @@ def at_amax(step: Step, cells: Cells, of: BlockLaw) -> Sums:
     weight_max, weight_others = of.weights(amax)
     cell = np.searchsorted(corners, amax, side="right")
     largest = of_element(amax, cell, step, cells) * weight_max
-    base, base_cell = moments(below(step.low, corners, of), step, cells, of)
+    base, base_cell = moments(panels_below(step.low, corners, of), step, cells, of)
     return collect(
         step, cells, weight_max[0], [(largest, cell)], [(base * weight_others, base_cell)]
     )
 
 
-def below(m: float, corners: np.ndarray, of: BlockLaw) -> np.ndarray:
+def panels_below(m: float, corners: np.ndarray, of: BlockLaw) -> np.ndarray:
+    """Ends of panels from 0 to m, for the others."""
     return between(np.concatenate([corners, of.knots_of_x]), 0.0, m)
 
 
