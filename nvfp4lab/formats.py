@@ -170,7 +170,7 @@ class Format:
         """What is counted of each code [2**bits], by class: zero, subnormal, normal, saturated (the
         largest finite code, which is in no other class), nan.
         """
-        kind = np.array([self._class_of_value(v) for v in self.values])
+        kind = _classes(self, torch.device("cpu")).numpy()
         sums = {c.name.lower(): of_code[kind == c].sum() for c in CodeClass}
         largest = of_code[[abs(v) == self.max for v in self.values]].sum()
         return {
@@ -180,13 +180,6 @@ class Format:
             "saturated": largest,
             "nan": sums["nan"],
         }
-
-    def _class_of_value(self, value: float) -> CodeClass:
-        if value != value:
-            return CodeClass.NAN
-        if value == 0:
-            return CodeClass.ZERO
-        return CodeClass.NORMAL if abs(value) >= self.smallest_normal else CodeClass.SUBNORMAL
 
     def _check(self, x, rounding, subnormals, overflow, generator) -> None:
         if x.dtype != torch.float32:
@@ -352,8 +345,14 @@ def _magnitudes(fmt: Format, device: torch.device) -> torch.Tensor:
 
 @lru_cache
 def _classes(fmt: Format, device: torch.device) -> torch.Tensor:
-    classes = [fmt._class_of_value(v) for v in fmt.values]
-    return torch.tensor(classes, dtype=torch.uint8, device=device)
+    def class_of(value: float) -> CodeClass:
+        if value != value:
+            return CodeClass.NAN
+        if value == 0:
+            return CodeClass.ZERO
+        return CodeClass.NORMAL if abs(value) >= fmt.smallest_normal else CodeClass.SUBNORMAL
+
+    return torch.tensor([class_of(v) for v in fmt.values], dtype=torch.uint8, device=device)
 
 
 E2M1 = Format("E2M1", 4, 1, _float_magnitudes(2, 1, bias=1), 1.0, "sign bit")

@@ -284,3 +284,26 @@ def test_subnormal_rules_of_e4m3(x, subnormals, code):
 def test_encode_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         E2M1.encode(**({"x": torch.ones(1)} | arguments))
+
+
+@pytest.mark.parametrize("fmt", [E4M3, UE5M3, E8M0], ids=lambda f: f.name)
+def test_every_code_is_in_one_class(fmt):
+    """Counted by hand: the classes of each format's 256 codes."""
+    counts = fmt.by_class(np.ones(256, dtype=np.int64))
+    assert {k: int(v) for k, v in counts.items()} == {
+        "E4M3": {"zero": 2, "subnormal": 14, "normal": 236, "saturated": 2, "nan": 2},
+        "UE5M3": {"zero": 1, "subnormal": 7, "normal": 246, "saturated": 1, "nan": 1},
+        "E8M0": {"zero": 0, "subnormal": 0, "normal": 254, "saturated": 1, "nan": 1},
+    }[fmt.name]
+
+
+@pytest.mark.parametrize("rounding", ["ties-to-even", "ties-up", "up", "down", "toward-zero"])
+@pytest.mark.parametrize("fmt", [E2M1, E4M3, INT4], ids=lambda f: f.name)
+def test_codes_step_up_at_the_boundaries(fmt, rounding):
+    edges = torch.from_numpy(fmt.boundaries(rounding)[: fmt.code_of_max])
+    below, above = (edges * f for f in (1 - 2.0**-20, 1 + 2.0**-20))
+    below = below.where(edges > 0, edges)  # "up" leaves 0 at once
+    index = torch.arange(fmt.code_of_max, dtype=torch.uint8)
+    assert torch.equal(fmt.encode(below.float(), rounding), index)
+    above = above.where(edges > 0, 2.0**-20)
+    assert torch.equal(fmt.encode(above.float(), rounding), index + 1)

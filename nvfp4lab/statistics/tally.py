@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from nvfp4lab.formats import CodeClass
 from nvfp4lab.quantized import decode
 from nvfp4lab.rules import Recipe
 from nvfp4lab.statistics import bins
@@ -83,6 +82,10 @@ class Tally:
         floats = {name: total + self._errors[name] for name, total in self._floats.items()}
         found = {**self._integers, **floats, **self._largest}
         values = {n: v.cpu().numpy() if v.ndim else v.item() for n, v in found.items()}
+        fmt = self.recipe.scale.format
+        if fmt is not None and "scale_codes" in values:
+            classes = fmt.by_class(values["scale_codes"])
+            values |= {f"scale_{name}": int(count) for name, count in classes.items()}
         return replace(self._start, **values, worst=self._worst)
 
     def _add_exactly(self, name: str, part: torch.Tensor) -> None:
@@ -198,7 +201,7 @@ def _counts_and_sums(view: _View) -> tuple[dict[str, torch.Tensor], dict[str, to
         "block_qsnr": _count(
             bins.qsnr_bin(view.block_xx, view.block_ee, view.block_lost), bins.QSNR_COUNT
         ),
-        **_scale_classes(view.stored, view.recipe),
+        **_scale_counts(view.stored, view.recipe),
     }
     sums = {
         "sum_xx": view.block_xx.sum(),
@@ -236,25 +239,12 @@ def _by_quotient(view: _View) -> dict[str, torch.Tensor]:
     }
 
 
-def _scale_classes(stored: torch.Tensor, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """How many blocks have which class of scale, and which code if scales are codes."""
-    fmt = recipe.scale.format
-    if fmt is None:
-        zero, nan = (stored == 0).sum(), stored.isnan().sum()
-        none = torch.zeros_like(zero)
-        normal = len(stored) - zero - nan
-        counts = (zero, none, normal, none, nan)
-    else:
-        of_code = torch.bincount(stored, minlength=256)
-        every_code = torch.arange(len(fmt.values), device=stored.device)
-        zero, subnormal, normal, nan = _sum(
-            fmt.class_of(every_code).long(), of_code[: len(every_code)], len(CodeClass)
-        )
-        saturated = of_code[fmt.code_of_max]
-        counts = (zero, subnormal, normal - saturated, saturated, nan)
-    names = ("zero", "subnormal", "normal", "saturated", "nan")
-    classes = {f"scale_{name}": count for name, count in zip(names, counts, strict=True)}
-    return classes if fmt is None else classes | {"scale_codes": of_code}
+def _scale_counts(stored: torch.Tensor, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """How often each scale code occurs; of float32 scales, how many have which class."""
+    if recipe.scale.format is not None:
+        return {"scale_codes": torch.bincount(stored, minlength=256)}
+    zero, nan = (stored == 0).sum(), stored.isnan().sum()
+    return {"scale_zero": zero, "scale_nan": nan, "scale_normal": len(stored) - zero - nan}
 
 
 def _largest(view: _View) -> dict[str, torch.Tensor]:
