@@ -19,7 +19,7 @@ from nvfp4lab import catalogue
 from nvfp4lab.blocks import quantize_blocks
 from nvfp4lab.codec import check_input, find_outer, quantize
 from nvfp4lab.outer import OuterScale
-from nvfp4lab.quantized import CHUNK, Quantized
+from nvfp4lab.quantized import CHUNK, CHUNK_ON_GPU, DTYPES, Quantized
 from nvfp4lab.rules import Recipe
 from nvfp4lab.statistics import Statistics, Tally
 from nvfp4lab.statistics.measures import with_ratios
@@ -38,8 +38,8 @@ def measure(
 
     x: (..., K) of any dtype and device that `quantize` takes; q: its quantized form, whoever wrote
     the bytes, or a recipe, with `outer` and `generator` as of `quantize`. Both give the same to the
-    bit (under stochastic rounding on the CPU only: a GPU draws by chunks). NaN and Inf are counted
-    apart and enter no sum.
+    bit (on a GPU, which adds in no fixed order, but for the last digits of sums; and under
+    stochastic rounding a GPU draws by chunks). NaN and Inf are counted apart and enter no sum.
 
     Raises: ValueError if the shapes or devices differ, or outer or generator come with a Quantized;
     TypeError if x is none or both are swapped; otherwise as `quantize`.
@@ -106,13 +106,13 @@ def _tallied(x: torch.Tensor, codes_of: Callable, tally: Tally) -> Statistics:
 
 
 def _pieces(x: torch.Tensor, block: int) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor]]:
-    """Whole rows of about CHUNK elements, or parts of one row that is longer: with the rows [r, K]
-    and the piece's blocks as float32 [n, block]."""
+    """Whole rows of about a chunk of elements, or parts of one row that is longer: with the rows
+    [r, K] and the piece's blocks as float32 [n, block]."""
     *lead, width = x.shape
     if not x.numel():
         return
-    blocks_in_row, part = width // block, max(1, CHUNK // block)
-    step = max(1, CHUNK // width)
+    chunk = CHUNK if x.device.type == "cpu" else CHUNK_ON_GPU
+    blocks_in_row, part, step = width // block, max(1, chunk // block), max(1, chunk // width)
     for row in range(0, math.prod(lead), step):
         rows = _rows(x, row, min(row + step, math.prod(lead)))
         for first in range(0, blocks_in_row, part if step == 1 else blocks_in_row):
@@ -133,6 +133,8 @@ def _rows(x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 def _check_pair(x: torch.Tensor, q: Quantized) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x is a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x is bfloat16, float16 or float32, got {x.dtype}")
     if q.shape != x.shape:
         raise ValueError(f"x is {tuple(x.shape)}, its quantized form {tuple(q.shape)}")
     if q.codes.device != x.device:
@@ -200,16 +202,17 @@ def token_errors(x: torch.Tensor, q: Quantized | Recipe | str) -> pd.DataFrame:
     """A row a token: columns token, amax, crest, outer, xx, ee, xq, flushed, lost, nmse, qsnr_db,
     gain; as `block_errors`, with crest that of the whole row."""
     x, q = _pair(x, q)
-    frame = _sums(x, q, x.shape[-1])
+    frame = _sums(x, q, max(1, x.shape[-1]))
     outer = [None] * len(frame["xx"])
     if q.outer is not None:
-        outer = q.outer.expand(*x.shape[:-1], 1).flatten().cpu().numpy()
+        outer = q.outer.expand(*x.shape[:-1], 1).flatten().cpu().numpy()[: len(outer)]
     first = {"token": np.arange(len(frame["xx"])), "amax": frame.pop("amax")}
     first |= {"crest": frame.pop("crest"), "outer": outer}
     return with_ratios(pd.DataFrame({**first, **frame}))
 
 
 def _pair(x: torch.Tensor, q: Quantized | Recipe | str) -> tuple[torch.Tensor, Quantized]:
+    x = x.detach() if isinstance(x, torch.Tensor) else x
     q = q if isinstance(q, Quantized) else quantize(x, q)
     _check_pair(x, q)
     return x, q

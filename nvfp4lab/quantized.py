@@ -19,6 +19,7 @@ from nvfp4lab.rules import Recipe
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 CHUNK = 1 << 18  # elements worked on at a time: about 8 MB of temporaries
+CHUNK_ON_GPU = 1 << 22  # where each operation on a chunk costs a launch
 
 
 @dataclass(frozen=True)

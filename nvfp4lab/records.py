@@ -156,6 +156,8 @@ def load_activations(
 def record_files(path: str | Path) -> list[Path]:
     """The files that `load_activations` reads, in its order; whether they are there is not asked.
 
+    Expert weights that lie among the records of a folder are passed over.
+
     Raises: as `load_activations`, of the path and its capture.json alone.
     """
     path = Path(path)
@@ -167,7 +169,7 @@ def record_files(path: str | Path) -> list[Path]:
     elif listed is not None:
         files = [path / name for name in listed]
     else:
-        files = sorted(path.glob("*.safetensors"))
+        files = sorted(f for f in path.glob("*.safetensors") if not _holds_weights(f))
     if not files:
         raise ValueError(f"{path} holds no record, expected .safetensors files")
     return files
@@ -217,6 +219,15 @@ def file_sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _holds_weights(path: Path) -> bool:
+    """Whether it is a file of `save_expert_weights`; a damaged one is not."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys()) == {"gate_up_proj", "down_proj"}
+    except (SafetensorError, OSError, struct.error):
+        return False
 
 
 def _shipped(name: str) -> dict[str, Any]:

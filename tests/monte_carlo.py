@@ -161,7 +161,7 @@ def deviations(
     }
     if not len(expected.scale_probabilities):
         del parts["max_nmse"]  # nothing but float32's roundoff: x / s is not quite 6
-    if expected.scale_classes["zero"] * zero.numel() < 1000:
+    if expected.scale_shares["zero"] * zero.numel() < 1000:
         del parts["zero_nmse"]
     found = {name: _deviation(part, whole, getattr(expected, name)) for name, part in parts.items()}
     codes = q.element_codes().long()
@@ -202,7 +202,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(26)
-    quantized.CHUNK = 1 << 22 if device.type == "cuda" else quantized.CHUNK
+    quantized.CHUNK = quantized.CHUNK_ON_GPU if device.type == "cuda" else quantized.CHUNK
     start, rows = time.time(), []
     listed = sorted(
         itertools.islice(cases(), args.first, None, args.every), key=lambda c: str(c.law)

@@ -42,6 +42,14 @@ def same(a: Statistics, b: Statistics) -> bool:
     return exact and worst and close
 
 
+def alike(a: sweeps.Swept, b: sweeps.Swept) -> bool:
+    """All statistics to the bit; on a GPU, which adds in no fixed order, as `same`."""
+    if not torch.cuda.is_available():
+        return a.statistics == b.statistics
+    pairs = [(a.statistics[key], b.statistics[key]) for key in a.statistics]
+    return a.statistics.keys() == b.statistics.keys() and all(same(x, y) for x, y in pairs)
+
+
 def swept(*arguments, **options) -> sweeps.Swept:
     """sweep_statistics without a bar."""
     return nv.sweep_statistics(*arguments, **(QUIET | options))

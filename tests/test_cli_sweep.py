@@ -80,6 +80,13 @@ def test_what_cannot_start_exits_2_and_writes_nothing(folder, capsys, arguments,
     assert [path.name for path in Path().iterdir()] == ["capture"]
 
 
+def test_an_out_that_cannot_be_written_is_found_before_the_work(folder, capsys):
+    arguments = ["sweep", "capture", "--recipes", "nvfp4", "--state", "kept"]
+    assert cli.main([*arguments, "--out", "/proc/o.csv"]) == 2
+    assert "--out /proc/o.csv cannot be written" in capsys.readouterr().err
+    assert not Path("kept").exists()
+
+
 def test_workers_are_a_number(folder, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["sweep", "capture", "--out", "o.csv", "--workers", "0"])

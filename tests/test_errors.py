@@ -273,3 +273,40 @@ def test_a_token_of_the_frame_has_its_outer_scale():
     x = torch.tensor([[2688.0] + [0.0] * 31, [2 * 2688.0] + [0.0] * 31])
     frame = errors.token_errors(x, "nvfp4-token")
     assert frame.outer.tolist() == [1.0, 2.0] and frame.qsnr_db.tolist() == [math.inf] * 2
+
+
+FRAMES = (errors.element_errors, errors.block_errors, errors.token_errors)
+
+
+def test_frames_take_a_tensor_that_requires_grad():
+    x = gaussian(2, 32).float().requires_grad_()
+    assert [len(frame_of(x, "nvfp4")) for frame_of in FRAMES] == [64, 4, 2]
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (8, 0)])
+def test_frames_of_nothing_are_empty(shape):
+    assert [len(frame_of(torch.zeros(shape), "nvfp4-token")) for frame_of in FRAMES] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_a_tensor_of_another_dtype_is_refused_with_bytes_too(dtype):
+    x = torch.ones(2, 16)
+    with pytest.raises(TypeError, match="x is bfloat16, float16 or float32, got torch"):
+        nv.measure(x.to(dtype), nv.quantize(x))
+
+
+def test_zeros_that_decode_to_something_are_in_the_error_by_quotient():
+    x = (gaussian(20, 256).float() * 1e-40).bfloat16()
+    q = nv.quantize(x, "torchao")
+    assert q.outer is not None and ((x == 0) & (q.dequantize() != 0)).any()
+    step = (q.decoded_scales().double() * q.outer.double())[..., None]
+    e = (q.dequantize().double() - x.double()).unflatten(-1, (-1, 16)) / step
+    assert nv.measure(x, q).quotient_ee.sum() == pytest.approx(e.square().sum().item(), rel=1e-9)
+
+
+def test_a_scale_with_a_sign_bit_is_classed_by_its_magnitude():
+    x = torch.full((1, 16), 448.0 * 6)
+    q = nv.quantize(x)
+    negative = nv.Quantized(q.codes, q.scales | 0x80, None, q.recipe)
+    got = nv.measure(x, negative)
+    assert (got.scale_saturated, got.saturated, got.quotient_elements.sum()) == (1, 0, 16)

@@ -48,9 +48,9 @@ def test_blocks_of_two_sigmas_are_the_mixture_of_both():
     energy = (SMALL / 4) ** 2 + 4.0**2
     want = (low.nmse * (SMALL / 4) ** 2 + high.nmse * 4.0**2) / energy
     assert got.block_sigmas.nmse == pytest.approx(want, rel=5e-3)
-    zero = (low.scale_classes["zero"] + high.scale_classes["zero"]) / 2
-    assert got.block_sigmas.scale_classes["zero"] == pytest.approx(zero, abs=0.02)
-    assert got.one_sigma.scale_classes["zero"] == 0
+    zero = (low.scale_shares["zero"] + high.scale_shares["zero"]) / 2
+    assert got.block_sigmas.scale_shares["zero"] == pytest.approx(zero, abs=0.02)
+    assert got.one_sigma.scale_shares["zero"] == 0
 
 
 def test_the_shape_of_blocks_is_what_is_left():
@@ -82,7 +82,7 @@ def test_zero_blocks_have_their_scale_and_no_error():
     x = gaussian(64)
     x[:32] = 0
     got = predict(x, "nvfp4")
-    assert got.block_sigmas.scale_classes["zero"] == pytest.approx(0.5)
+    assert got.block_sigmas.scale_shares["zero"] == pytest.approx(0.5)
     assert got.block_sigmas.nmse == pytest.approx(expected_error("gauss").nmse, rel=5e-3)
 
 
@@ -91,7 +91,7 @@ def test_a_calibrated_outer_scale_is_used():
     got = predict(x, "nvfp4-tensor", outer=100.0)
     want = expected_error("gauss", "nvfp4-tensor", outer=100.0)
     assert got.one_sigma.nmse == pytest.approx(want.nmse, rel=2e-2)
-    assert got.one_sigma.scale_classes["subnormal"] > 0.9
+    assert got.one_sigma.scale_shares["subnormal"] > 0.9
 
 
 @pytest.mark.parametrize("site", ["layer00.mlp_input", "layer00.down_proj_input"])

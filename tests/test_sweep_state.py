@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sweep_runs import RECIPES, capture, fail_on_rows, hidden, same, save, swept
+from sweep_runs import RECIPES, alike, capture, fail_on_rows, hidden, same, save, swept
 
 import nvfp4lab as nv
 from nvfp4lab.sweeps import state, tasks
@@ -57,7 +57,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(folder, tmp_path, after, monk
     interrupted(folder, tmp_path / "state", after)
     done = counting(monkeypatch)
     got = swept(folder, RECIPES, rows=256, state=tmp_path / "state")
-    assert got.statistics == undisturbed.statistics
+    assert alike(got, undisturbed)
     assert len(done) == 40 - after  # 8 runs of rows under 5 recipes
 
 
@@ -87,7 +87,7 @@ def test_an_added_shard_with_a_larger_amax_counts_its_site_again(folder, tmp_pat
     swept(folder, "nvfp4-tensor", state=tmp_path / "state")
     save(folder / "layer00.c.safetensors", hidden(40, 5, scale=1000.0))
     got = swept(folder, "nvfp4-tensor", state=tmp_path / "state")
-    assert got.statistics == swept(folder, "nvfp4-tensor").statistics
+    assert alike(got, swept(folder, "nvfp4-tensor"))
 
 
 def test_other_cuts_go_on_from_the_same_state(folder, tmp_path):
@@ -110,7 +110,7 @@ def test_failed_rows_are_tried_again(folder, tmp_path):
     [
         ("recipe", "is of another nvfp4 than this sweep's: the recipe has changed"),
         ("shard", r"counts rows of .*layer00.a.safetensors, which has changed since"),
-        ("shards", r"counts rows of .*, which is not among this sweep's readable shards"),
+        ("shards", r"counts rows of .*, which is not among this sweep's shards; use another"),
         ("file", "is no whole file of statistics"),
     ],
 )
@@ -130,6 +130,25 @@ def test_a_state_of_something_else_is_refused(folder, tmp_path, change, message)
     with pytest.raises(ValueError, match=message):
         swept(shards, recipe, state=kept)
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+
+
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_what_was_counted_of_a_shard_that_is_lost_since_stays_counted(folder, tmp_path, how):
+    lost, kept = folder / "layer00.b.safetensors", tmp_path / "state"
+    whole = swept(folder, "nvfp4", state=kept)
+    if how == "gone":
+        shards = sorted(folder.iterdir())
+        lost.unlink()
+    else:
+        shards = [folder]
+        lost.write_bytes(lost.read_bytes()[:500])
+    for recipes, tokens in (("nvfp4", [1000, 520]), (["nvfp4", "seed"], [1000, 700, 520, 520])):
+        again = swept(shards, recipes, state=kept)
+        assert [Path(failure.path).name for failure in again.failed] == [lost.name]
+        assert again.to_frame().tokens.tolist() == tokens
+    assert again.to_frame().tokens_failed.tolist() == [0, 300, 0, 0]
+    key = (0, "mlp_input", "nvfp4")
+    assert again.statistics[key] == whole.statistics[key]
 
 
 def test_a_state_in_use_is_refused(folder, tmp_path):
@@ -180,4 +199,4 @@ def test_a_killed_sweep_goes_on_where_it_was(folder, tmp_path, monkeypatch):
     done = counting(monkeypatch)
     got = swept(folder, RECIPES, rows=256, state=kept)
     assert 0 < len(done) < 40
-    assert got.statistics == undisturbed.statistics
+    assert alike(got, undisturbed)

@@ -156,8 +156,8 @@ def test_no_single_crest_factor_parts_nvint4_from_nvfp4():
 def test_parts_add_up(distribution, sigma, recipe):
     got = expected_error(distribution, recipe, sigma, 2048)
     assert got.max_nmse + got.other_nmse + got.zero_nmse == pytest.approx(got.nmse, rel=1e-13)
-    assert sum(got.scale_classes.values()) == pytest.approx(1, rel=1e-12)
-    if got.scale_classes["nan"] < 1:
+    assert sum(got.scale_shares.values()) == pytest.approx(1, rel=1e-12)
+    if got.scale_shares["nan"] < 1:
         assert got.code_probabilities.sum() == pytest.approx(1, rel=1e-12)
     if len(got.scale_probabilities):
         assert got.scale_probabilities.sum() == pytest.approx(1, rel=1e-12)
@@ -215,20 +215,20 @@ def test_stochastic_rounding_has_gain_one():
 
 def test_seed_writes_nan_scales_where_all_are_small():
     got = expected_error("gauss", "seed", 2.0**-9)
-    assert got.scale_classes["nan"] > 0.05 and got.nmse == pytest.approx(1)
+    assert got.scale_shares["nan"] > 0.05 and got.nmse == pytest.approx(1)
 
 
 def test_where_every_scale_is_nan_there_is_no_error_to_expect():
     r = replace(NVFP4, scale=replace(NVFP4.scale, overflow="nan"))
     got = expected_error("gauss", r, 1e9)
-    assert got.scale_classes["nan"] == pytest.approx(1)
+    assert got.scale_shares["nan"] == pytest.approx(1)
     assert math.isnan(got.nmse) and math.isnan(got.qsnr_db) and math.isnan(got.gain)
 
 
 def test_zero_scales_lose_everything():
     got = expected_error("gauss", "nvfp4", 2.0**-20)
     assert (got.nmse, got.gain) == (pytest.approx(1), pytest.approx(0, abs=1e-12))
-    assert got.scale_classes["zero"] == pytest.approx(1)
+    assert got.scale_shares["zero"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

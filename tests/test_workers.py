@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -94,3 +98,48 @@ def test_without_a_gpu_the_worker_is_on_the_cpu(monkeypatch):
 def test_locks_lie_in_the_folder_given(tmp_path):
     workers.claim(UUIDS, tmp_path)
     assert [path.name for path in Path(tmp_path).iterdir()] == ["nvfp4lab-gpu-aaaa.lock"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_workers_end_with_a_parent_that_was_killed():
+    code = """if True:
+    from nvfp4lab.sweeps import processes
+    import os, time
+    if __name__ == "__main__":
+        pool = processes(1)
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(60)
+    """
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    os.kill(worker, 0)  # is there
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"worker {worker} is still there")
+
+
+def device_after_a_while(seconds: float) -> str:
+    device = workers.worker_device()
+    time.sleep(seconds)  # so that the other worker has to be there too
+    return str(device)
+
+
+def test_a_worker_is_on_the_gpu(gpu):
+    with workers.processes(1) as pool:
+        assert pool.submit(device_after_a_while, 0.0).result(120).startswith("cuda:")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_workers_are_on_two_gpus():
+    with workers.processes(2) as pool:
+        devices = [pool.submit(device_after_a_while, 5.0) for _ in range(2)]
+        assert sorted(d.result(120) for d in devices) == ["cuda:0", "cuda:1"]

@@ -63,6 +63,12 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     if not args.out.absolute().parent.is_dir() or args.out.is_dir():
         raise CommandError(f"--out is a file in a folder that is there, got {args.out}")
+    partial = args.out.with_name(args.out.name + ".partial")
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise CommandError(f"--out {args.out} cannot be written: {error}") from error
     state = args.state or args.out.with_name(args.out.name + ".statistics")
     with contextlib.ExitStack() as stack:
         executor = _executor(args, stack)
@@ -71,9 +77,11 @@ def run(args: argparse.Namespace) -> int:
         except (OSError, ValueError, RuntimeError) as error:
             raise CommandError(str(error)) from error
     frame = swept.to_frame()
-    partial = args.out.with_name(args.out.name + ".partial")
-    frame.to_csv(partial, index=False)
-    os.replace(partial, args.out)
+    try:
+        frame.to_csv(partial, index=False)
+        os.replace(partial, args.out)
+    except OSError as error:
+        raise CommandError(f"--out {args.out} cannot be written: {error}") from error
     print(frame[SHOWN].round(4).to_string(index=False))
     print(f"{len(frame)} rows in {args.out}, the full statistics in {state}")
     for failure in swept.failed:

@@ -89,7 +89,7 @@ class Contents:
     amax_ee: np.ndarray  # [278]
     quotient_elements: np.ndarray  # [113] counted elements with 0 < s g < Inf, by |x| / (s g)
     quotient_e: np.ndarray  # [113] sum of e / (s g), positive away from zero; x = 0 has none
-    quotient_ee: np.ndarray  # [113] sum of its square
+    quotient_ee: np.ndarray  # [113] sum of (e / (s g))^2, that of x = 0 too
     block_qsnr: np.ndarray  # [123] blocks by QSNR
     token_qsnr: np.ndarray  # [123] rows by QSNR
 

@@ -86,6 +86,12 @@ class Measures(Contents):
         return self._ratio(self.saturated, self.counted)
 
     @property
+    def scale_shares(self) -> dict[str, float]:
+        """The share of blocks whose scale is zero, subnormal, normal, saturated, nan."""
+        classes = ("zero", "subnormal", "normal", "saturated", "nan")
+        return {name: self._ratio(getattr(self, f"scale_{name}"), self.blocks) for name in classes}
+
+    @property
     def code_shares(self) -> np.ndarray:
         """The share of the elements at each code: float64 [2**bits]."""
         return self.element_codes / max(1, self.elements)
@@ -113,10 +119,12 @@ class Measures(Contents):
         return self.sum_crest / self.crest_blocks if self.crest_blocks else math.nan
 
     def to_frame(self) -> pd.DataFrame:
-        """One row: every number in it and every derived measure under its name."""
+        """One row: every number in it and every derived measure under its name, and the shares of
+        scale classes as scale_zero_share and so on."""
         numbers = {f.name: getattr(self, f.name) for f in fields(self)}
         row = {name: value for name, value in numbers.items() if not isinstance(value, _NESTED)}
-        return pd.DataFrame([row | {name: getattr(self, name) for name in DERIVED}])
+        shares = {f"scale_{name}_share": share for name, share in self.scale_shares.items()}
+        return pd.DataFrame([row | {name: getattr(self, name) for name in DERIVED} | shares])
 
     def by_amax(self) -> pd.DataFrame:
         """The error by the block's largest finite |x|: a row a binade that occurs, the first of 0.

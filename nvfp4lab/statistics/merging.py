@@ -38,7 +38,16 @@ class Statistics(Measures):
     """The measured error of one recipe on any number of tensors; what `measure` returns.
 
     `a + b` is what one pass over both gives, in any order and however rows were cut: counts,
-    histograms, largest values and worst blocks exactly, sums to 1e-12 of the sum of magnitudes.
+    histograms and largest values exactly, sums to 1e-12 of the sum of magnitudes. So are the worst
+    blocks where their source and token tell them apart, as a sweep's do.
+
+    Counts: tokens, elements, nonfinite_input and nonfinite_output (in no sum), nonzero, flushed (of
+    these, decoded to zero), saturated (beyond their block's largest value), blocks, scale_zero,
+    _subnormal, _normal, _saturated, _nan (blocks by the class of their scale); element_codes and
+    scale_codes by code. Sums, with e = q - x: sum_xx, _qq, _xq, _ee, _abs_e, _e; sum_ee_max,
+    _other, _zero_scale part sum_ee into each block's largest element, its others, and blocks of
+    scale zero; max_abs_e, max_rel_e (|e| / |x|), amax. Measures are properties, each with a line of
+    its own here; tidy frames come from the methods that begin with by_, and the histograms'.
     """
 
     def __repr__(self) -> str:
@@ -102,7 +111,7 @@ class Statistics(Measures):
     def load_with_note(cls, path: str | Path) -> tuple[Self, str]:
         """As `load`, with the note beside it."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             note = str(arrays.pop("note"))
             scalars = json.loads(str(arrays.pop("scalars")))

@@ -173,9 +173,9 @@ class _View:
         return self.amax[has] / (self.power[has] / self.codes.shape[1]).sqrt()
 
     def largest_decoded(self) -> torch.Tensor:
-        """What the largest code of each block decodes to: float32 [n, 1]."""
+        """The magnitude that the largest code of each block decodes to: float32 [n, 1]."""
         code = torch.full_like(self.codes[:, :1], self.recipe.elements.format.code_of_max)
-        return decode(code, self.stored, self.g, self.recipe)
+        return decode(code, self.stored, self.g, self.recipe).abs()
 
 
 def _counts_and_sums(view: _View) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -223,6 +223,7 @@ def _counts_and_sums(view: _View) -> tuple[dict[str, torch.Tensor], dict[str, to
 
 def _by_quotient(view: _View) -> dict[str, torch.Tensor]:
     step = view.s.double() if view.g is None else view.s.double() * view.g.double()
+    step = step.abs()  # a foreign scale byte may have a sign bit
     usable = (step > 0) & step.isfinite()
     step = step.where(usable, 1.0)
     width = bins.quotient_width(view.recipe.elements.format.max)
@@ -230,8 +231,8 @@ def _by_quotient(view: _View) -> dict[str, torch.Tensor]:
     counted = usable if view.counted is None else view.counted & usable
     if not bool(counted.all()):
         index = index.where(counted, bins.QUOTIENT_COUNT)  # dropped below
-    outward = (view.e * view.x.sign() / step).flatten()
-    weights = {"elements": None, "e": outward, "ee": outward.square()}
+    e = (view.e / step).flatten()
+    weights = {"elements": None, "e": e * view.x.sign().flatten(), "ee": e.square()}
     size = bins.QUOTIENT_COUNT + 1
     return {
         f"quotient_{name}": torch.bincount(index.flatten(), weight, size)[:-1]

@@ -68,8 +68,8 @@ def find_shards(paths: Any) -> tuple[list[Shard], list[Failure]]:
             files += record_files(path)
         except FileNotFoundError as error:
             failures.append(Failure(os.path.abspath(path), None, None, None, str(error)))
-    absolute = [os.path.abspath(file) for file in files]
-    if twice := sorted({path for path in absolute if absolute.count(path) > 1}):
+    absolute, real = ([f(file) for file in files] for f in (os.path.abspath, os.path.realpath))
+    if twice := sorted({path for path in real if real.count(path) > 1}):
         raise ValueError(f"given twice, so its rows would count twice: {', '.join(twice)}")
     shards: list[Shard] = []
     for path in absolute:

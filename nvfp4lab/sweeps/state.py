@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from nvfp4lab.records import label_of
 from nvfp4lab.rules import Recipe
 from nvfp4lab.statistics import Statistics, digest
-from nvfp4lab.sweeps.shards import Shard
+from nvfp4lab.sweeps.shards import Failure, Shard
 from nvfp4lab.sweeps.tasks import Largest
 
 SAVE_EVERY = 5.0  # seconds
@@ -56,6 +56,10 @@ class Entry:
                 merged.append((a, b))
         self.done[path] = merged
 
+    def rows_of(self, paths: Iterable[str]) -> int:
+        """How many rows of these files are counted."""
+        return sum(stop - start for path in paths for start, stop in self.done[path])
+
     def missing(self, shard: Shard) -> Iterator[tuple[int, int]]:
         """The runs of rows of a shard that are not counted."""
         at = 0
@@ -71,9 +75,15 @@ class State:
     Raises: RuntimeError if another process is using the folder.
     """
 
-    def __init__(self, folder: str | Path | None, shards: Sequence[Shard]):
+    def __init__(
+        self,
+        folder: str | Path | None,
+        shards: Sequence[Shard],
+        unreadable: Iterable[Failure] = (),
+    ):
         self.folder = None if folder is None else Path(folder)
-        self._shards = {shard.path: shard for shard in shards}
+        self._fingerprints = {s.path: (s.size, s.mtime_ns) for s in shards}
+        self._unreadable = {failure.path for failure in unreadable}
         self._changed: dict[Key, Entry] = {}
         self._saved = time.monotonic()
 
@@ -96,8 +106,9 @@ class State:
         """What is already counted of an entry, or the entry itself.
 
         An outer scale for the tensor that has changed, because a shard was added, makes it start
-        again. Raises: ValueError if the file counts rows of a shard that has changed or is not in
-        this sweep, or is of another recipe.
+        again; what was counted of a shard that can no longer be read stays counted. Raises:
+        ValueError if the file counts rows of a shard that has changed or is not in this sweep, or
+        is of another recipe.
         """
         path = self._file(empty)
         if path is None or not path.exists():
@@ -132,54 +143,52 @@ class State:
         return {
             shard: Largest(*known["largest"])
             for shard, known in about["shards"].items()
-            if shard in self._shards and _fingerprint(self._shards[shard]) == _of_known(known)
+            if self._fingerprints.get(shard) == _of_known(known)
         }
 
     def save_largest(self, largest: Mapping[str, Largest]) -> None:
         if self.folder is None:
             return
         known = {
-            path: _described(self._shards[path], largest=list(value))
-            for path, value in largest.items()
+            path: self._described(path, largest=list(value)) for path, value in largest.items()
         }
         partial = self.folder / "largest.json.partial"
         partial.write_text(json.dumps({"shards": known}))
         os.replace(partial, self.folder / "largest.json")
 
     def _check(self, path: Path, shard_path: str, known: Mapping[str, Any]) -> None:
-        shard = self._shards.get(shard_path)
-        if shard is None:
+        if shard_path in self._unreadable:
+            self._fingerprints[shard_path] = _of_known(known)
+        found = self._fingerprints.get(shard_path)
+        if found is None:
             raise ValueError(
-                f"{path} counts rows of {shard_path}, which is not among this sweep's readable "
-                "shards; use another state folder"
+                f"{path} counts rows of {shard_path}, which is not among this sweep's shards; use "
+                "another state folder, or remove the file to count the site again"
             )
-        if _fingerprint(shard) != _of_known(known):
+        if found != _of_known(known):
             raise ValueError(
                 f"{path} counts rows of {shard_path}, which has changed since: size and time "
-                f"{_of_known(known)}, now {_fingerprint(shard)}; use another state folder"
+                f"{_of_known(known)}, now {found}; use another state folder, or remove the file to "
+                "count the site again"
             )
 
     def _save(self) -> None:
         for entry in self._changed.values():
             path = self._file(entry)
             if path is not None:
-                shards = {p: _described(self._shards[p], done=d) for p, d in entry.done.items()}
+                shards = {p: self._described(p, done=d) for p, d in entry.done.items()}
                 about = {"largest": entry.largest, "shards": shards}
                 entry.statistics.save(path, note=json.dumps(about))
         self._changed.clear()
         self._saved = time.monotonic()
 
+    def _described(self, path: str, **more: Any) -> dict[str, Any]:
+        size, mtime_ns = self._fingerprints[path]
+        return {"size": size, "mtime_ns": mtime_ns, **more}
+
     def _file(self, entry: Entry) -> Path | None:
         name = f"{label_of(entry.layer, entry.site)}.{entry.recipe.name}"
         return None if self.folder is None else self.folder / f"{quote(name, safe='')}.npz"
-
-
-def _described(shard: Shard, **more: Any) -> dict[str, Any]:
-    return {"size": shard.size, "mtime_ns": shard.mtime_ns, **more}
-
-
-def _fingerprint(shard: Shard) -> tuple[int, int]:
-    return shard.size, shard.mtime_ns
 
 
 def _of_known(known: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,7 +1,9 @@
 """sweep: every recipe over every site, from files to one row each.
 
 The files of a site are cut into tasks of some rows and one recipe, in a fixed order, and what they
-give is added up in that order; so executor, workers and interruptions change nothing in the result.
+give is added up in that order; so executor, workers and interruptions change nothing in the result
+(but the last digits of sums on a GPU, or where torch's number of threads differs: both add in
+another order).
 Where a recipe has one outer scale for the tensor, the tensor is the site: all rows of all its
 shards, whose largest magnitude is found in a pass before.
 """
@@ -35,7 +37,8 @@ ELEMENTS = 1 << 24  # of a task
 class Swept:
     """What a sweep gives: Statistics by (layer, site, recipe's name), and what it could not count.
 
-    planned: the rows of each (layer, site) in the shards that could be opened.
+    planned: the rows of each (layer, site) in the shards that could be opened, and those that were
+    counted before of a shard that no longer can.
     """
 
     statistics: Mapping[Key, Statistics]
@@ -133,7 +136,7 @@ def sweep_statistics(
     for shard in sorted(found, key=lambda s: (s.layer, s.site)):  # stable: files keep their order
         by_site.setdefault((shard.layer, shard.site), []).append(shard)
     options: dict[str, Any] = {"unit": "el", "unit_scale": True, "dynamic_ncols": True}
-    with State(state, found) as store, tqdm(disable=not progress, **options) as bar:
+    with State(state, found, failures) as store, tqdm(disable=not progress, **options) as bar:
         run = _Run(executor, rows, in_flight, store, bar, failures)
         largest = run.find_largest(found, [r for r in chosen if _per_tensor(r)])
         entries = {
@@ -143,6 +146,11 @@ def sweep_statistics(
         }
         run.count(entries, [shard for own in by_site.values() for shard in own], largest)
     planned = {site: sum(shard.tokens for shard in own) for site, own in by_site.items()}
+    readable, gone = {shard.path for shard in found}, dict.fromkeys(planned, 0)
+    for entry in entries.values():
+        site = entry.layer, entry.site
+        gone[site] = max(gone[site], entry.rows_of(entry.done.keys() - readable))
+    planned = {site: rows + gone[site] for site, rows in planned.items()}
     counted = {entry.key: entry.statistics for entry in entries.values()}
     return Swept(counted, tuple(failures), planned)
 

@@ -48,7 +48,7 @@ class Expectation:
     zero_nmse: float  # and from blocks whose scale is zero; the three add up to nmse
     code_probabilities: np.ndarray  # of each of the element format's magnitudes, signs folded
     scale_probabilities: np.ndarray  # [256], of each scale code; empty for float32 scales
-    scale_classes: dict[str, float]  # zero, subnormal, normal, saturated, nan: share of blocks
+    scale_shares: dict[str, float]  # zero, subnormal, normal, saturated, nan: share of blocks
 
     @property
     def qsnr_db(self) -> float:
@@ -56,11 +56,12 @@ class Expectation:
         return -10 * math.log10(self.nmse) if self.nmse else math.inf
 
     def to_frame(self) -> pd.DataFrame:
-        """One row: the numbers, the scale classes as scale_zero and so on."""
+        """One row: the numbers, and the scale classes as scale_zero_share and so on."""
         names = ("law", "sigma", "recipe", "nmse", "qsnr_db", "relative_error", "gain", "cosine")
         names += ("max_nmse", "other_nmse", "zero_nmse")
         row = {name: getattr(self, name) for name in names}
-        return pd.DataFrame([row | {f"scale_{k}": v for k, v in self.scale_classes.items()}])
+        shares = {f"scale_{name}_share": share for name, share in self.scale_shares.items()}
+        return pd.DataFrame([row | shares])
 
 
 def expected_error(
@@ -184,7 +185,7 @@ def over_all(blocks: Blocks, g: float) -> tuple[Sums, float]:
     return total, off
 
 
-def scale_classes(of_code: np.ndarray, recipe: Recipe) -> dict[str, float]:
+def scale_shares(of_code: np.ndarray, recipe: Recipe) -> dict[str, float]:
     """The share of blocks whose scale is zero, subnormal, normal, saturated, NaN."""
     fmt = recipe.scale.format
     if fmt is None:
@@ -215,5 +216,5 @@ def expectation(
         zero_nmse=sums.zero_error / energy,
         code_probabilities=sums.codes / counted if counted else sums.codes,
         scale_probabilities=sums.scales if recipe.scale.format else np.zeros(0),
-        scale_classes=scale_classes(sums.scales, recipe),
+        scale_shares=scale_shares(sums.scales, recipe),
     )

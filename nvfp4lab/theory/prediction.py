@@ -50,7 +50,6 @@ class Prediction:
             for e in (self.one_sigma, self.block_sigmas)
         ]
         m = self.measured
-        classes = {n: getattr(m, n) for n in rows[0].columns if n.startswith("scale_")}
         whole = m.sum_xx or math.nan
         measured = {
             "nmse": m.nmse,
@@ -59,7 +58,7 @@ class Prediction:
             "max_nmse": m.sum_ee_max / whole,
             "other_nmse": m.sum_ee_other / whole,
             "zero_nmse": m.sum_ee_zero_scale / whole,
-            **{name: count / m.blocks for name, count in classes.items()},
+            **{f"scale_{name}_share": share for name, share in m.scale_shares.items()},
         }
         frame = pd.concat([*rows, pd.DataFrame([measured])], ignore_index=True)
         frame.insert(0, "source", ["one sigma", "block sigmas", "measured"])
