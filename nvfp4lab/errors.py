@@ -48,10 +48,7 @@ def measure(
     >>> stats.max_abs_e, stats.flushed, stats.tokens
     (0.10000002384185791, 0, 1)
     """
-    if isinstance(x, Quantized):
-        raise TypeError("measure takes the tensor first: measure(x, q), got measure(q, x)")
-    if isinstance(q, torch.Tensor):
-        raise TypeError(f"q is a Quantized or a recipe, got a tensor {tuple(q.shape)}")
+    _check_order(x, q)
     if not isinstance(q, Quantized):
         recipe = catalogue.recipe(q)
         check_input(x, recipe, outer, generator)
@@ -128,6 +125,13 @@ def _rows(x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     except RuntimeError:  # its strides allow no view
         index = torch.unravel_index(torch.arange(start, stop, device=x.device), x.shape[:-1])
         return x[index]
+
+
+def _check_order(x: object, q: object) -> None:
+    if isinstance(x, Quantized):
+        raise TypeError("the tensor comes first, its quantized form second: got them swapped")
+    if isinstance(q, torch.Tensor):
+        raise TypeError(f"q is a Quantized or a recipe, got a tensor {tuple(q.shape)}")
 
 
 def _check_pair(x: torch.Tensor, q: Quantized) -> None:
@@ -212,6 +216,7 @@ def token_errors(x: torch.Tensor, q: Quantized | Recipe | str) -> pd.DataFrame:
 
 
 def _pair(x: torch.Tensor, q: Quantized | Recipe | str) -> tuple[torch.Tensor, Quantized]:
+    _check_order(x, q)
     x = x.detach() if isinstance(x, torch.Tensor) else x
     q = q if isinstance(q, Quantized) else quantize(x, q)
     _check_pair(x, q)

@@ -39,6 +39,19 @@ def test_one_sigma_is_the_expected_error(sigma):
     assert got.relative_error < 1e-2
 
 
+@pytest.mark.parametrize("recipe", ["nvfp4-token", "vllm-megamoe", "nvfp4-tensor"])
+def test_no_block_goes_beyond_what_its_outer_scale_comes_from(recipe):
+    """Rows of four blocks: in each the largest of 64 elements is one of few."""
+    x = gaussian(512).view(-1, 64)
+    elements = 64 if nv.recipe(recipe).outer.per == "token" else x.numel()  # type: ignore[union-attr]
+    got, want = predict(x, recipe), expected_error("gauss", recipe, elements=elements)
+    for row in (got.one_sigma, got.block_sigmas):
+        assert row.nmse == pytest.approx(want.nmse, rel=5e-3)
+        assert row.scale_shares["saturated"] == pytest.approx(
+            want.scale_shares["saturated"], abs=3e-3
+        )
+
+
 def test_blocks_of_two_sigmas_are_the_mixture_of_both():
     x = gaussian(512)
     x[::2] *= SMALL / 4

@@ -151,6 +151,15 @@ def test_what_was_counted_of_a_shard_that_is_lost_since_stays_counted(folder, tm
     assert again.statistics[key] == whole.statistics[key]
 
 
+def test_a_site_whose_only_shard_is_lost_keeps_its_row(folder, tmp_path):
+    shards, kept = sorted(folder.iterdir()), tmp_path / "state"
+    whole = swept(shards, "nvfp4", state=kept)
+    (folder / "layer01.a.safetensors").unlink()
+    again = swept(shards, "nvfp4", state=kept)
+    assert again.statistics == whole.statistics
+    assert [Path(failure.path).name for failure in again.failed] == ["layer01.a.safetensors"]
+
+
 def test_a_state_in_use_is_refused(folder, tmp_path):
     with state.State(tmp_path / "state", []):
         done = subprocess.run(

@@ -68,6 +68,10 @@ class Statistics(Measures):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __radd__(self, other: object) -> Self:
+        """So that `sum` of several works: it begins with 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     def __add__(self, other: Self) -> Self:
         """Of both tensors. Raises: ValueError for two recipes, or two widths K."""
         if not isinstance(other, Statistics):

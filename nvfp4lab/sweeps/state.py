@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,11 +122,20 @@ class State:
             )
         for shard_path, known in about["shards"].items():
             self._check(path, shard_path, known)
-        largest = None if about["largest"] is None else Largest(*about["largest"])
-        if largest != empty.largest:
-            return empty
-        done = {p: [(a, b) for a, b in known["done"]] for p, known in about["shards"].items()}
-        return Entry(empty.layer, empty.site, empty.recipe, statistics, largest, done)
+        entry = _entry(empty.layer, empty.site, empty.recipe, statistics, about)
+        return entry if entry.largest == empty.largest else empty
+
+    def lost(
+        self, recipes: Iterable[Recipe], sites: Collection[tuple[int, str]]
+    ) -> Iterator[Entry]:
+        """What is counted of sites other than these, none of whose shards can be read any more."""
+        by_digest = {digest(recipe): recipe for recipe in recipes}
+        for path in [] if self.folder is None else sorted(self.folder.glob("*.npz")):
+            statistics, note = Statistics.load_with_note(path)
+            about, recipe = _parsed(path, note), by_digest.get(statistics.digest)
+            site = about["layer"], about["site"]
+            if recipe and site not in sites and about["shards"].keys() <= self._unreadable:
+                yield _entry(*site, recipe, statistics, about)
 
     def changed(self, entry: Entry) -> None:
         """Saves it within the next seconds, or at the end."""
@@ -177,7 +186,8 @@ class State:
             path = self._file(entry)
             if path is not None:
                 shards = {p: self._described(p, done=d) for p, d in entry.done.items()}
-                about = {"largest": entry.largest, "shards": shards}
+                about = {"layer": entry.layer, "site": entry.site}
+                about |= {"largest": entry.largest, "shards": shards}
                 entry.statistics.save(path, note=json.dumps(about))
         self._changed.clear()
         self._saved = time.monotonic()
@@ -189,6 +199,14 @@ class State:
     def _file(self, entry: Entry) -> Path | None:
         name = f"{label_of(entry.layer, entry.site)}.{entry.recipe.name}"
         return None if self.folder is None else self.folder / f"{quote(name, safe='')}.npz"
+
+
+def _entry(
+    layer: int, site: str, recipe: Recipe, statistics: Statistics, about: Mapping[str, Any]
+) -> Entry:
+    largest = None if about["largest"] is None else Largest(*about["largest"])
+    done = {p: [(a, b) for a, b in known["done"]] for p, known in about["shards"].items()}
+    return Entry(layer, site, recipe, statistics, largest, done)
 
 
 def _of_known(known: Mapping[str, Any]) -> tuple[int, int]:

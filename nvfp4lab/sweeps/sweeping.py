@@ -145,14 +145,15 @@ def sweep_statistics(
             for recipe in chosen
         }
         run.count(entries, [shard for own in by_site.values() for shard in own], largest)
+        every = [*entries.values(), *store.lost(chosen, by_site.keys())]
+    readable = {shard.path for shard in found}
     planned = {site: sum(shard.tokens for shard in own) for site, own in by_site.items()}
-    readable, gone = {shard.path for shard in found}, dict.fromkeys(planned, 0)
-    for entry in entries.values():
+    lost: dict[tuple[int, str], int] = {}  # rows counted of shards that can no longer be read
+    for entry in every:
         site = entry.layer, entry.site
-        gone[site] = max(gone[site], entry.rows_of(entry.done.keys() - readable))
-    planned = {site: rows + gone[site] for site, rows in planned.items()}
-    counted = {entry.key: entry.statistics for entry in entries.values()}
-    return Swept(counted, tuple(failures), planned)
+        lost[site] = max(lost.get(site, 0), entry.rows_of(entry.done.keys() - readable))
+    planned = {site: planned.get(site, 0) + rows for site, rows in lost.items()}
+    return Swept({e.key: e.statistics for e in every}, tuple(failures), planned)
 
 
 @dataclass

@@ -75,6 +75,7 @@ class FourOverSix:
                 pair.first.high,
             )
             m, w = on(ends[:-1], ends[1:], self.of.nodes // 2)  # two grids of codes: narrow
+            w = w * self.of.weights(m)[0]
             others = self._others(pair, ends)
             for panel in range(len(m)):
                 for one, weight in zip(m[panel], w[panel], strict=True):
@@ -83,7 +84,7 @@ class FourOverSix:
         return total
 
     def at(self, amax: float, g: float) -> Sums:
-        """Of blocks with this largest magnitude, times its density."""
+        """Of blocks with this largest magnitude."""
         pair = self._pairs(amax, np.nextafter(amax, np.inf), g)[0].at(amax)
         if pair.first.code == pair.second.code:
             return at_amax(pair.first, self.cells, self.of)
@@ -119,23 +120,20 @@ class FourOverSix:
         return np.concatenate([edges * pair.first.divisor, edges * pair.second.divisor])
 
     def _given(self, m: float, pair: Pair, known: Others) -> Sums:
-        """The sums of blocks with the largest magnitude m, times its density."""
-        others, block = known.up_to(m), self.of.block
-        amax, density = np.array([m]), block * float(self.of.law.pdf(np.array([m]))[0])
-        whole, rest = (others.mass.sum() ** n for n in (block - 1, block - 2))
-        taken, of_others = others.with_second(self._d_of(m, pair), block - 1)
-        parts = (whole - taken, others.moments * rest - of_others), (taken, of_others)
+        """The sums of blocks whose largest magnitude is m."""
+        others, amax, count = known.up_to(m), np.array([m]), self.of.block - 1
+        whole, rest = (others.mass.sum() ** n for n in (count, count - 1))
+        taken, of_others = others.with_second(self._d_of(m, pair), count)
+        taken, of_others = taken / whole, of_others / whole
+        parts = (1 - taken, others.moments * rest / whole - of_others), (taken, of_others)
         total = Sums.zero(self.cells.codes)
         for i, (step, (probability, moments)) in enumerate(zip(both(pair), parts, strict=True)):
             cell = np.searchsorted(self.cells.edges * step.divisor, amax, "right")
-            largest = of_element(amax, cell, step, self.cells) * density * probability
-            rows = others.rows(moments, i, step) * density * (block - 1)
+            largest = of_element(amax, cell, step, self.cells) * probability
+            rows = others.rows(moments, i, step) * count
             total.add(
-                collect(
-                    step, self.cells, density * probability,
-                    [(largest, cell)], [(rows, others.cells[i])],
-                )
-            )  # fmt: skip
+                collect(step, self.cells, probability, [(largest, cell)], [(rows, others.cells[i])])
+            )
         return total
 
 

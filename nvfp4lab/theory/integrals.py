@@ -166,7 +166,8 @@ def over_step(step: Step, cells: Cells, of: BlockLaw) -> Sums:
         ends = between(of.knots_of_max, step.low, step.high)
         m, w = on(ends[:-1], ends[1:], of.nodes)
         total = Sums.zero(cells.codes)
-        for one, weight in zip(m.ravel(), w.ravel(), strict=True):
+        weights = w * of.weights(m)[0]
+        for one, weight in zip(m.ravel(), weights.ravel(), strict=True):
             total.add(at_amax(step.at(float(one)), cells, of), float(weight))
         return total
     corners = cells.edges * step.divisor
@@ -192,16 +193,14 @@ def over_step(step: Step, cells: Cells, of: BlockLaw) -> Sums:
 
 
 def at_amax(step: Step, cells: Cells, of: BlockLaw) -> Sums:
-    """The sums of blocks with the largest magnitude step.low, times its density."""
+    """The sums of blocks whose largest magnitude is step.low."""
     amax = np.array([step.low])
     corners = cells.edges * step.divisor
-    weight_max, weight_others = of.weights(amax)
     cell = np.searchsorted(corners, amax, side="right")
-    largest = of_element(amax, cell, step, cells) * weight_max
-    base, base_cell = moments(panels_below(step.low, corners, of), step, cells, of)
-    return collect(
-        step, cells, weight_max[0], [(largest, cell)], [(base * weight_others, base_cell)]
-    )
+    largest = of_element(amax, cell, step, cells)
+    others, of_cell = moments(panels_below(step.low, corners, of), step, cells, of)
+    others *= (of.block - 1) / of.law.largest_cdf(amax, 1)
+    return collect(step, cells, 1.0, [(largest, cell)], [(others, of_cell)])
 
 
 def panels_below(m: float, corners: np.ndarray, of: BlockLaw) -> np.ndarray:

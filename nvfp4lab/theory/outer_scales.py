@@ -119,8 +119,7 @@ def _varying(
         if count > 1 and amax > of.lowest:
             below = blocks.between(of.lowest, amax, g)
             part.add(below, weight * (1 - 1 / count) / below.probability)
-        at = blocks.at(amax, g)
-        part.add(at, weight / count / at.probability)
+        part.add(blocks.at(amax, g), weight / count)
     return part
 
 

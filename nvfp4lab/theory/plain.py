@@ -31,6 +31,6 @@ class Plain:
         return total
 
     def at(self, amax: float, g: float) -> Sums:
-        """Of blocks with this largest magnitude, times its density."""
+        """Of blocks with this largest magnitude."""
         near = scale_steps(self.recipe, g, amax, np.nextafter(amax, np.inf))
         return at_amax(near[0].at(amax), self.cells, self.of)

@@ -10,7 +10,7 @@ the blocks does that no law with this sigma has.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -27,10 +27,12 @@ from nvfp4lab.theory.expectation import Expectation, blocks_of, check, expectati
 from nvfp4lab.theory.integrals import UNENCODED, BlockLaw, Sums
 from nvfp4lab.theory.laws import Law
 from nvfp4lab.theory.laws import law as law_of
+from nvfp4lab.theory.outer_scales import Blocks
 
 GRID = 8  # points an octave of sigma; between them the theory is interpolated, by cubics
 NODES = 6
 NEVER = 1e-10
+REACHES = 16  # per octave, of largest magnitudes under an outer scale that does not follow them
 SCATTER_DRAWS = 1 << 12  # blocks that tell how root mean squares scatter: to 3 %
 
 
@@ -88,34 +90,51 @@ def predict(
     recipe = catalogue.recipe(recipe)
     check(recipe)
     measured = measure(x, recipe, outer=outer, generator=generator)
-    shape = law_of(law, 1.0)
-    sigma, g, zeros, left_out = _blocks(x, recipe, outer)
-    if not len(sigma):
+    shape, blocks = law_of(law, 1.0), _blocks(x, recipe, outer)
+    count = len(blocks.rms) + blocks.zeros
+    if not len(blocks.rms):
         raise ValueError(
-            f"x {tuple(x.shape)} has no block with a magnitude: {zeros} are zero, {left_out} have "
-            "a NaN or an Inf"
+            f"x {tuple(x.shape)} has no block with a magnitude: {blocks.zeros} are zero, "
+            f"{blocks.left_out} have a NaN or an Inf"
         )
-    rms = np.sqrt(np.square(sigma).sum() / (len(sigma) + zeros))
-    one_sigma = _mixture(recipe, shape, np.full_like(g, rms), g, zeros=0)
-    sigma = _without_chance(sigma, shape, recipe.scale.block)
-    return Prediction(one_sigma, _mixture(recipe, shape, sigma, g, zeros), measured, left_out)
+    rms = np.sqrt(np.square(blocks.rms).sum() / count)
+    one_sigma = _mixture(recipe, shape, np.full_like(blocks.rms, rms), replace(blocks, zeros=0))
+    block_sigmas = _mixture(
+        recipe, shape, _without_chance(blocks.rms, shape, recipe.scale.block), blocks
+    )
+    return Prediction(one_sigma, block_sigmas, measured, blocks.left_out)
 
 
-def _blocks(x: torch.Tensor, recipe: Recipe, outer) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Root mean square and outer scale of each finite block that is not zero; how many are zero,
-    and how many not finite."""
-    block, scales = recipe.scale.block, find_outer(x, recipe, outer)
-    sigma, g, zeros, left_out = [], [], 0, 0
+@dataclass(frozen=True)
+class _Blocks:
+    """What a mixture has of a tensor's blocks that are finite and not zero: arrays [n]."""
+
+    rms: np.ndarray
+    g: np.ndarray  # outer scale
+    reach: np.ndarray  # the largest magnitude under the same outer scale over g; Inf: g is given
+    reaches: np.ndarray  # whether it is this block's
+    zeros: int  # blocks of zeros
+    left_out: int  # blocks with NaN or Inf
+
+
+def _blocks(x: torch.Tensor, recipe: Recipe, outer) -> _Blocks:
+    block, rule, scales = recipe.scale.block, recipe.outer, find_outer(x, recipe, outer)
+    found, zeros, left_out = [], 0, 0
     for start, stop, blocks in iter_blocks(x, block):
         rms = blocks.double().square().mean(-1).sqrt()
-        decode = scales.of_blocks(x.shape[-1] // block, start, stop).decode
-        decode = decode.double().broadcast_to(rms[:, None].shape)[:, 0]
-        usable = rms.isfinite() & decode.isfinite() & (rms > 0)
+        own = scales.of_blocks(x.shape[-1] // block, start, stop)
+        g, largest = (p.double().broadcast_to(len(rms), 1)[:, 0] for p in (own.decode, own.amax))
+        usable = rms.isfinite() & g.isfinite() & (rms > 0)
         zeros += int((rms == 0).sum())
         left_out += int((~usable & (rms != 0)).sum())
-        sigma.append(rms[usable].cpu().numpy())
-        g.append(decode[usable].cpu().numpy())
-    return np.concatenate(sigma or [[]]), np.concatenate(g or [[]]), zeros, left_out
+        columns = rms, g, largest, blocks.abs().amax(-1).double()
+        found.append(torch.stack(columns)[:, usable].cpu().numpy())
+    rms, g, largest, amax = np.concatenate(found or [np.zeros((4, 0))], axis=1)
+    reach = np.full_like(rms, math.inf)
+    if rule is not None and outer is None:
+        coarse = 2.0 ** (np.round(REACHES * np.log2(largest / g)) / REACHES)
+        reach = np.where(np.isclose(largest / g, rule.range, rtol=1e-5), rule.range, coarse)
+    return _Blocks(rms, g, reach, amax == largest, zeros, left_out)
 
 
 def _without_chance(rms: np.ndarray, shape: Law, block: int) -> np.ndarray:
@@ -132,28 +151,45 @@ def _without_chance(rms: np.ndarray, shape: Law, block: int) -> np.ndarray:
     return sigma * np.sqrt(np.square(rms).sum() / np.square(sigma).sum())
 
 
-def _mixture(
-    recipe: Recipe, shape: Law, sigma: np.ndarray, g: np.ndarray, zeros: int
-) -> Expectation:
-    """The theory of blocks with these root mean squares and outer scales, and of blocks of zeros.
+def _mixture(recipe: Recipe, shape: Law, sigma: np.ndarray, blocks: _Blocks) -> Expectation:
+    """The theory of blocks with these sigmas under their outer scales, and of blocks of zeros.
 
-    Its `relative_error` is the difference that straight lines between the points of the grid make.
+    No block goes beyond what its outer scale comes from, and one has that as its largest magnitude.
+    `relative_error` is the difference that straight lines between the points of the grid make.
     """
-    points, cubic, linear = _on_grid(np.log2(sigma / g))
-    count = len(sigma) + zeros
-    total, by_lines = _of_zeros(recipe), 0.0
-    total = total.scaled(zeros / count)
+    count = len(sigma) + blocks.zeros
+    points, cubic, linear = _on_grid(np.log2(sigma / blocks.g))
+    total, by_lines = _of_zeros(recipe).scaled(blocks.zeros / count), 0.0
+    per_block = np.stack([blocks.reach, blocks.reaches & np.isfinite(blocks.reach)], axis=1)
+    kinds, kind = np.unique(per_block, axis=0, return_inverse=True)
     for k in np.unique(points):
         at = 2.0 ** (k / GRID)
-        blocks = blocks_of(recipe, BlockLaw(shape.scaled(at), recipe.scale.block, NODES, NEVER))
-        sums, _ = over_all(blocks, 1.0)
-        here = points == k
-        energy = np.square(np.broadcast_to(sigma[:, None], points.shape)[here]) / at**2 / count
-        total.add(sums.reweighted(float(energy @ cubic[here]), float(cubic[here].sum() / count)))
-        by_lines += sums.error * float(energy @ linear[here])
+        block, sums_of = BlockLaw(shape.scaled(at), recipe.scale.block, NODES, NEVER), {}
+        for i in np.unique(kind[(points == k).any(axis=1)]):
+            reach, reaches = float(kinds[i, 0]), bool(kinds[i, 1])
+            here = (points == k) & (kind == i)[:, None]
+            sums = _up_to(blocks_of(recipe, block), reach, reaches, sums_of)
+            energy = np.square(np.broadcast_to(sigma[:, None], points.shape)[here]) / at**2 / count
+            squares, counts = float(energy @ cubic[here]), float(linear[here].sum() / count)
+            total.add(sums.reweighted(squares, counts))
+            by_lines += sums.error * float(energy @ linear[here])
     mean_square = float(np.square(sigma).sum() / count)
     off = abs(by_lines - total.error) / total.error if total.error else 0.0
     return expectation(total, recipe, shape.name, math.sqrt(mean_square), off)
+
+
+def _up_to(blocks: Blocks, reach: float, reaches: bool, known: dict[str, Sums]) -> Sums:
+    """A block's sums if its largest magnitude is at most `reach`, or if it is that. known: what
+    blocks of the same law without a limit have, once it is worked out."""
+    of = blocks.of
+    if reaches or reach <= of.lowest:
+        return blocks.at(reach, 1.0)
+    if of.law.largest_cdf(np.array(reach), of.block) < 1 - NEVER:
+        below = blocks.between(of.lowest, reach, 1.0)
+        return below.scaled(1 / below.probability)
+    if "free" not in known:
+        known["free"], _ = over_all(blocks, 1.0)
+    return known["free"]
 
 
 def _of_zeros(recipe: Recipe) -> Sums:
