@@ -6,8 +6,10 @@ data/benchmarks/theory.json, made by monte_carlo.py.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import monte_carlo
 import numpy as np
@@ -242,6 +244,17 @@ def test_the_error_estimate_is_one(distribution, monkeypatch):
     assert abs(got.nmse / fine.nmse - 1) <= 3 * max(got.relative_error, fine.relative_error)
 
 
+def test_the_tail_beyond_the_last_panel_counts_for_the_gain_too():
+    """0.336121 is that of theory_oracles.plain; without the tail it was 0.337466."""
+    assert expected_error(stats.t(2.05), "nvfp4").gain == pytest.approx(0.336121, abs=1e-6)
+
+
+def test_a_density_that_is_infinite_at_its_end_says_how_far_it_is_off():
+    got = expected_error(stats.arcsine(loc=-0.5), "nvfp4")
+    assert got.nmse == pytest.approx(0.010102, abs=3e-6)  # a sample of 2**22
+    assert 1e-9 < got.relative_error < 1e-6
+
+
 def test_frozen_distributions_keep_their_own_sigma():
     own = expected_error(stats.norm(scale=2.0**-8), "nvfp4")
     assert own.nmse == pytest.approx(nmse("gauss", "nvfp4", 2.0**-8), rel=1e-11)
@@ -313,6 +326,39 @@ def test_a_sample_would_show_an_nmse_that_is_two_percent_off():
     assert abs(monte_carlo.deviations(of, off, unit, generator)["nmse"]) > 10
 
 
+@pytest.fixture(scope="module")
+def large_sample() -> dict[str, dict]:
+    """The rows of data/benchmarks/theory.json by case."""
+    path = Path(__file__).parent.parent / "data" / "benchmarks" / "theory.json"
+    return {row["case"]: row for row in json.loads(path.read_text(encoding="utf-8"))["cases"]}
+
+
+def test_the_large_sample_has_every_supported_combination(large_sample):
+    assert large_sample.keys() == {of.name for of in monte_carlo.cases()}
+    small = [name for name, row in large_sample.items() if row["elements"] < 1 << 26]
+    assert all("E8M0 even outer tensor" in name for name in small)
+    assert min(row["elements"] for row in large_sample.values()) == 1 << 24
+
+
+def test_every_nmse_of_the_large_sample_is_within_four_standard_errors(large_sample):
+    assert {
+        n: row["z_of_nmse"] for n, row in large_sample.items() if abs(row["z_of_nmse"]) > 4
+    } == {}
+
+
+def test_the_large_sample_scatters_as_chance_does(large_sample):
+    """Were the theory off, or the standard errors too wide, so would be the spread. Cases share
+    their samples, so it is not quite one."""
+    z = np.array([row["z_of_nmse"] for row in large_sample.values()])
+    assert abs(z.std() - 1) < 0.1 and abs(z.mean()) < 0.2
+
+
+def test_the_large_sample_is_of_this_theory(large_sample):
+    plain = [of for of in monte_carlo.cases() if not (of.recipe.search or of.recipe.outer)]
+    for of in plain[::16]:
+        assert of.expected().nmse == pytest.approx(large_sample[of.name]["nmse"], rel=1e-9)
+
+
 # Refusals.
 
 
@@ -346,8 +392,13 @@ def test_a_recipe_without_a_theory_says_why(recipe, said):
         ((stats.expon(),), ValueError, "symmetric about 0"),
         ((stats.poisson(3),), ValueError, "continuous distribution, poisson"),
         ((3,), TypeError, "a law is one of"),
-        (("gauss", "nvfp4", 0.0), ValueError, "sigma is a positive finite"),
-        (("gauss", "nvfp4", math.inf), ValueError, "sigma is a positive finite"),
+        ((stats.norm(0, [1, 2]),), ValueError, "expected one distribution, got norm of shape"),
+        ((stats.tukeylambda(-0.3),), ValueError, "tukeylambda cannot be integrated"),
+        ((stats.beta(0.3, 0.3, loc=-0.5),), ValueError, "beta cannot be integrated"),
+        (("gauss", "nvfp4", 0.0), ValueError, "sigma is a standard deviation from"),
+        (("gauss", "nvfp4", math.inf), ValueError, "sigma is a standard deviation from"),
+        (("gauss", "nvfp4", True), ValueError, "as float32 has them, got True"),
+        (("gauss", "nvfp4", 1e-200), ValueError, "as float32 has them, got 1e-200"),
         (("gauss", "nvfp4-token"), ValueError, "an outer scale for each token: say how many"),
         (("gauss", "nvfp4-tensor", 1.0, 100), ValueError, "multiple of the block of 16, got 100"),
         (("gauss", "nvfp4-tensor", 1.0, 8), ValueError, "at least 16, got 8"),
@@ -361,7 +412,11 @@ def test_bad_arguments_say_what_was_expected(arguments, error, said):
 
 @pytest.mark.parametrize(
     ("recipe", "outer", "said"),
-    [("nvfp4", 1.0, "nvfp4 has none"), ("nvfp4-tensor", -1.0, "positive finite decode scale")],
+    [
+        ("nvfp4", 1.0, "nvfp4 has none"),
+        ("nvfp4-tensor", -1.0, "positive finite decode scale"),
+        ("nvfp4-tensor", "1", "positive finite decode scale, got '1'"),
+    ],
 )
 def test_a_calibrated_outer_scale_is_checked(recipe, outer, said):
     with pytest.raises(ValueError, match=said):

@@ -5,8 +5,8 @@ the same to the last bit. Nothing here knows what a task is.
 
 A worker, which is a thread or a process, claims a GPU by a lock of the operating system on a file
 named by the GPU's UUID: two workers of one machine never take the same one while another is free,
-whoever started them, and a worker that dies gives its own back. The claims were tested with made-up
-UUIDs, in threads and processes on a CPU; a machine with several GPUs has not run them yet.
+whoever started them, and a worker that dies gives its own back. Two workers took the two GPUs of
+one machine (H100s); more GPUs, and claims by threads, were tested with made-up UUIDs.
 """
 
 from __future__ import annotations

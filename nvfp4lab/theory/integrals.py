@@ -73,7 +73,7 @@ def power_tail(octaves: list[Sums]) -> tuple[Sums, float]:
     tail, off = Sums.zero(len(octaves[-1].codes)), 0.0
     for name in (f.name for f in fields(Sums) if f.type == "float"):
         first, second, third = (getattr(o, name) for o in octaves[-3:])
-        if first > second > third > 0:
+        if abs(first) > abs(second) > abs(third) > 0:
             setattr(tail, name, third * third / (second - third))
             if name.endswith("error"):
                 off += abs(third + getattr(tail, name) - second * second / (first - second))

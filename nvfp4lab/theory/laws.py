@@ -18,6 +18,7 @@ Curve = Callable[[np.ndarray], np.ndarray]
 
 HALVINGS = 64  # quantiles where the tail has halved up to so many times are ends of panels
 NEGLIGIBLE = 1e-17  # share of the second moment that lies beyond the last panel
+SMALLEST_SIGMA, LARGEST_SIGMA = 2.0**-149, 2.0**127
 FARTHEST_OCTAVES = 160  # panels reach no further than this many octaves beyond the quantiles
 
 
@@ -87,8 +88,7 @@ def law(distribution: object, sigma: float | None = None) -> Law:
     """
     if isinstance(distribution, Law):
         return distribution
-    if sigma is not None and not (isinstance(sigma, (int, float)) and 0 < sigma < math.inf):
-        raise ValueError(f"sigma is a positive finite standard deviation, got {sigma!r}")
+    sigma = _checked_sigma(sigma)
     if isinstance(distribution, str):
         if distribution not in LAWS:
             raise ValueError(
@@ -105,6 +105,18 @@ def law(distribution: object, sigma: float | None = None) -> Law:
         f'a law is one of {", ".join(LAWS)}, ("t", degrees of freedom) or a frozen scipy '
         f"distribution, got {distribution!r}"
     )
+
+
+def _checked_sigma(sigma: object) -> float | None:
+    if sigma is None:
+        return None
+    number = isinstance(sigma, (int, float, np.integer, np.floating))
+    if not number or isinstance(sigma, bool) or not SMALLEST_SIGMA <= sigma <= LARGEST_SIGMA:
+        raise ValueError(
+            f"sigma is a standard deviation from {SMALLEST_SIGMA:g} to {LARGEST_SIGMA:g}, as "
+            f"float32 has them, got {sigma!r}"
+        )
+    return float(sigma)
 
 
 def _student_t(df: float) -> Law:
@@ -129,13 +141,16 @@ def _frozen(frozen) -> Law:
     name = getattr(frozen.dist, "name", type(frozen.dist).__name__)
     if not isinstance(frozen.dist, stats.rv_continuous):
         raise ValueError(f"expected a continuous distribution, {name} is none")
-    variance = float(frozen.var())
+    variance = np.asarray(frozen.var())
+    if variance.ndim:
+        raise ValueError(f"expected one distribution, got {name} of shape {variance.shape}")
+    variance = float(variance)
     if not 0 < variance < math.inf:
         raise ValueError(f"expected a distribution with a finite variance, {name} has {variance}")
     _check_symmetric(frozen, name)
     return Law(
         name,
-        lambda a: 2 * frozen.pdf(a),
+        lambda a: np.nan_to_num(2 * frozen.pdf(a), nan=0.0, posinf=0.0),  # at an end of the support
         lambda a: 2 * frozen.sf(a),
         lambda p: frozen.isf(p / 2),
         variance,
@@ -145,7 +160,7 @@ def _frozen(frozen) -> Law:
 
 def _check_symmetric(frozen, name: str) -> None:
     above = frozen.isf(np.array([0.45, 0.3, 0.1, 1e-3, 1e-6]))
-    unlike = np.abs(frozen.pdf(-above) - frozen.pdf(above)) > 1e-9 * frozen.pdf(above)
+    unlike = ~np.isclose(frozen.pdf(-above), frozen.pdf(above), rtol=1e-9, atol=0)
     if abs(frozen.median()) > 1e-9 * frozen.std() or unlike.any():
         raise ValueError(
             f"expected a distribution that is symmetric about 0; {name} has median "

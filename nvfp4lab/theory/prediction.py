@@ -98,10 +98,10 @@ def predict(
             f"{blocks.left_out} have a NaN or an Inf"
         )
     rms = np.sqrt(np.square(blocks.rms).sum() / count)
-    one_sigma = _mixture(recipe, shape, np.full_like(blocks.rms, rms), replace(blocks, zeros=0))
-    block_sigmas = _mixture(
-        recipe, shape, _without_chance(blocks.rms, shape, recipe.scale.block), blocks
-    )
+    with np.errstate(all="ignore"):  # a density may overflow far out
+        one_sigma = _mixture(recipe, shape, np.full_like(blocks.rms, rms), replace(blocks, zeros=0))
+        sigma = _without_chance(blocks.rms, shape, recipe.scale.block)
+        block_sigmas = _mixture(recipe, shape, sigma, blocks)
     return Prediction(one_sigma, block_sigmas, measured, blocks.left_out)
 
 
