@@ -79,6 +79,7 @@ _MODULES = (
     "staging",
     "statistics",
     "sweeps",
+    "theory",
 )
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
