@@ -393,3 +393,11 @@ def test_every_bit_counts_in_comparing():
 def test_a_digest_tells_recipes_apart():
     digests = {statistics.digest(nv.recipe(name)) for name in nv.recipes()}
     assert len(digests) == len(nv.recipes())
+
+
+def test_sum_adds_several():
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
+    parts = [nv.measure(x[i : i + 2], "nvfp4") for i in (0, 2, 4)]
+    assert sum(parts) == parts[0] + parts[1] + parts[2]
+    with pytest.raises(TypeError):
+        1 + parts[0]

@@ -70,7 +70,9 @@ class Statistics(Measures):
 
     def __radd__(self, other: object) -> Self:
         """So that `sum` of several works: it begins with 0."""
-        return self if isinstance(other, int) and other == 0 else NotImplemented
+        if isinstance(other, int) and other == 0:
+            return self
+        return NotImplemented
 
     def __add__(self, other: Self) -> Self:
         """Of both tensors. Raises: ValueError for two recipes, or two widths K."""
