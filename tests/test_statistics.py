@@ -400,4 +400,4 @@ def test_sum_adds_several():
     parts = [nv.measure(x[i : i + 2], "nvfp4") for i in (0, 2, 4)]
     assert sum(parts) == parts[0] + parts[1] + parts[2]
     with pytest.raises(TypeError):
-        1 + parts[0]
+        _ = 1 + parts[0]
