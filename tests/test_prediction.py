@@ -52,6 +52,21 @@ def test_no_block_goes_beyond_what_its_outer_scale_comes_from(recipe):
         )
 
 
+def test_one_sigma_is_of_that_sigma_whatever_the_tokens_are():
+    x = gaussian(64)
+    x[1:] *= 1e-3
+    rms = x.double().square().mean().sqrt().item()
+    got = predict(x, "nvfp4-token").one_sigma
+    want = expected_error("gauss", "nvfp4-token", rms, elements=512)
+    assert (got.nmse, got.gain) == (want.nmse, want.gain)
+
+
+def test_where_every_code_is_zero_all_is_lost():
+    got = predict(gaussian(64) * 1e-40, "nvfp4-token")
+    for row in (got.one_sigma, got.block_sigmas, got.measured):
+        assert (row.nmse, row.gain) == pytest.approx((1, 0), abs=1e-10)
+
+
 def test_blocks_of_two_sigmas_are_the_mixture_of_both():
     x = gaussian(512)
     x[::2] *= SMALL / 4

@@ -56,7 +56,7 @@ class Expectation:
     @property
     def qsnr_db(self) -> float:
         """-10 log10 of the NMSE, in dB."""
-        return -10 * math.log10(self.nmse) if self.nmse else math.inf
+        return -10 * math.log10(self.nmse) + 0.0 if self.nmse else math.inf  # no -0
 
     def to_frame(self) -> pd.DataFrame:
         """One row: the numbers, and the scale classes as scale_zero_share and so on."""
@@ -99,10 +99,10 @@ def expected_error(
     check(recipe)
     with np.errstate(all="ignore"):  # a density may overflow far out; results are checked
         of_law = law_of(distribution, sigma)
-        return _expected(of_law, recipe, elements, check_outer(recipe, elements, outer))
+        return integrated(of_law, recipe, elements, check_outer(recipe, elements, outer))
 
 
-def _expected(of_law: Law, recipe: Recipe, elements: int | None, g: float | None) -> Expectation:
+def integrated(of_law: Law, recipe: Recipe, elements: int | None, g: float | None) -> Expectation:
     """The integral at growing resolutions, until two agree."""
     averages = recipe.outer is not None and g is None
     agree = AGREE_WITH_OUTER if averages or recipe.search else AGREE
@@ -128,6 +128,7 @@ def _expected(of_law: Law, recipe: Recipe, elements: int | None, g: float | None
             "finite and to agree with its distribution function"
         )
     relative = (off + left) / found.error if found.error else 0.0
+    found.energy = recipe.scale.block * of_law.second_moment - found.lost_energy  # tails and all
     sigma = math.sqrt(of_law.second_moment)
     return expectation(found, recipe, of_law.name, sigma, relative + missing + ROUNDOFF)
 
@@ -215,10 +216,9 @@ def scale_shares(of_code: np.ndarray, recipe: Recipe) -> dict[str, float]:
 def expectation(
     sums: Sums, recipe: Recipe, law: str, sigma: float, relative_error: float
 ) -> Expectation:
-    """Sums over a block, of elements with root mean square sigma, as what to expect of them."""
-    energy, counted = recipe.scale.block * sigma**2 - sums.lost_energy, sums.codes.sum()
-    if counted < ROUNDOFF:  # all blocks have a NaN scale
-        energy = math.nan
+    """Sums over a block as what to expect of its elements."""
+    counted = sums.codes.sum()
+    energy = sums.energy if counted > ROUNDOFF else math.nan  # all blocks have a NaN scale
     off = sums.product / energy
     decoded = 1 + 2 * off + sums.error / energy  # E q^2 / E x^2
     numbers = {

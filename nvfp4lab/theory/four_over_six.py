@@ -192,7 +192,8 @@ class Others:
         off = self.middle - q
         error = m2 + 2 * off * m1 + off * off * m0
         product = -(m2 + (off + self.middle) * m1 + off * self.middle * m0)
-        return np.stack([m0, 0 * m0, error, product, 0 * m0])
+        energy = m2 + 2 * self.middle * m1 + self.middle**2 * m0
+        return np.stack([m0, 0 * m0, error, product, energy])
 
     def transform(self, chunk: int) -> np.ndarray:
         """[3, I, CHUNK]: the integrals of g(x) (x - middle)^j exp(i t d(x)) at t of `frequencies`.

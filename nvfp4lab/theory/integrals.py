@@ -32,6 +32,7 @@ class Sums:
 
     probability: float  # of the blocks summed over
     lost_energy: float  # sum x^2 of the blocks that decode to NaN, which are in no other sum
+    energy: float  # sum x^2 of the others
     max_error: float  # (q - x)^2 of the largest element, where the scale is not 0
     other_error: float  # of the other elements
     zero_error: float  # of all elements, where the scale is 0
@@ -224,6 +225,7 @@ def collect(step: Step, cells: Cells, probability, largest, others) -> Sums:
     else:
         sums.max_error, sums.other_error = float(of_max[ERROR]), float(of_others[ERROR])
     sums.product = float(of_max[PRODUCT] + of_others[PRODUCT])
+    sums.energy = float(of_max[INPUT] + of_others[INPUT])
     for rows, cell in (*largest, *others):
         np.add.at(sums.codes, cells.low_code[cell], rows[LOW])
         np.add.at(sums.codes, cells.high_code[cell], rows[HIGH])

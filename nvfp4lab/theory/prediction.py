@@ -2,15 +2,15 @@
 
 Three errors of one recipe stand side by side: of iid elements of a law at the tensor's own sigma;
 of elements that are iid within a block only, each block at its own sigma and under its own outer
-scale; and the measured one. From the first to the second is what the spread of block
-scales does (subnormal and zero scales, saturation), from the second to the third what the shape of
-the blocks does that no law with this sigma has.
+scale; and the measured one. From the first to the second is what the spread of block scales does
+(subnormal and zero scales, saturation), from the second to the third what the shape of the blocks
+does that no law with this sigma has.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,14 @@ from nvfp4lab.errors import measure
 from nvfp4lab.outer import OuterScale
 from nvfp4lab.rules import Recipe
 from nvfp4lab.statistics import Statistics
-from nvfp4lab.theory.expectation import Expectation, blocks_of, check, expectation, over_all
+from nvfp4lab.theory.expectation import (
+    Expectation,
+    blocks_of,
+    check,
+    expectation,
+    integrated,
+    over_all,
+)
 from nvfp4lab.theory.integrals import UNENCODED, BlockLaw, Sums
 from nvfp4lab.theory.laws import Law
 from nvfp4lab.theory.laws import law as law_of
@@ -40,7 +47,7 @@ SCATTER_DRAWS = 1 << 12  # blocks that tell how root mean squares scatter: to 3 
 class Prediction:
     """What the theory says of a tensor, and what was measured."""
 
-    one_sigma: Expectation  # all elements iid
+    one_sigma: Expectation  # all elements iid: `expected_error` at x's root mean square
     block_sigmas: Expectation  # iid within each block
     measured: Statistics
     blocks_left_out: int  # with NaN or Inf in them
@@ -98,8 +105,10 @@ def predict(
             f"{blocks.left_out} have a NaN or an Inf"
         )
     rms = np.sqrt(np.square(blocks.rms).sum() / count)
+    per_token = recipe.outer is not None and recipe.outer.per == "token"
+    elements = x.shape[-1] if per_token else x.numel()
     with np.errstate(all="ignore"):  # a density may overflow far out
-        one_sigma = _mixture(recipe, shape, np.full_like(blocks.rms, rms), replace(blocks, zeros=0))
+        one_sigma = integrated(shape.scaled(float(rms)), recipe, elements, outer)
         sigma = _without_chance(blocks.rms, shape, recipe.scale.block)
         block_sigmas = _mixture(recipe, shape, sigma, blocks)
     return Prediction(one_sigma, block_sigmas, measured, blocks.left_out)
@@ -189,6 +198,7 @@ def _up_to(blocks: Blocks, reach: float, reaches: bool, known: dict[str, Sums]) 
         return below.scaled(1 / below.probability)
     if "free" not in known:
         known["free"], _ = over_all(blocks, 1.0)
+        known["free"].energy = of.block * of.law.second_moment - known["free"].lost_energy
     return known["free"]
 
 
