@@ -86,8 +86,6 @@ def law(distribution: object, sigma: float | None = None) -> Law:
     Raises: ValueError for a law that is unknown, not symmetric about 0, not continuous or without a
     finite variance, or a sigma that is not a positive number; TypeError for anything else.
     """
-    if isinstance(distribution, Law):
-        return distribution
     sigma = _checked_sigma(sigma)
     if isinstance(distribution, str):
         if distribution not in LAWS:
