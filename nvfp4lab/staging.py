@@ -2,15 +2,18 @@
 
 The staging contract is the docstring of `stage_mega_moe_inputs`; `_check` holds its callers to it
 before anything is written. Tensors on a CUDA device go through a Triton kernel; tensors on the CPU
-through `quantize`, with the same bits, or through the same kernel in Triton's interpreter. To make
-another recipe stageable, add its launcher to `_LAUNCHERS`.
+through `quantize`, with the same bits, or through the same kernel in Triton's interpreter. A call
+is checked and planned once for its tensors' dtypes, shapes, strides and devices; the next with the
+same goes straight to the launch. To make another recipe stageable, add its decisions to
+`kernels.staging.DECISIONS` and its name to `_STAGEABLE`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -19,12 +22,14 @@ from nvfp4lab.codec import quantize
 from nvfp4lab.quantized import Quantized
 from nvfp4lab.rules import Recipe
 
+_STAGEABLE = ("nvfp4", "nvfp4-token", "vllm-megamoe", "vllm-muse", "seed")
+_PREPARED: dict[Hashable, Callable[[_Buffers], None]] = {}
+MOST_PREPARED = 4096
 LARGEST_32_BIT_OFFSET = 2**31 - 1
 PADDING_ID, PADDING_WEIGHT = -1, 0.0
 
 
-@dataclass(frozen=True, eq=False)
-class _Buffers:
+class _Buffers(NamedTuple):
     """What one staging reads and writes, in the order of `stage_mega_moe_inputs`."""
 
     hidden_states: torch.Tensor
@@ -100,7 +105,7 @@ def stage(
         staged.topk_weights,
         x_scales=staged.x_scales,
         is_padding=is_padding,
-        recipe=recipe,
+        recipe=recipe.name,
     )
     return staged
 
@@ -136,9 +141,6 @@ def stage_mega_moe_inputs(
     unknown or has no staging kernel, and, with `seed`, for tensors past its 32-bit offsets; always
     before anything is written.
     """
-    if isinstance(hidden_states, torch.Tensor) and hidden_states.shape[:1] == (0,):
-        return
-    recipe = _stageable(recipe)
     buffers = _Buffers(
         hidden_states,
         topk_weights,
@@ -150,18 +152,45 @@ def stage_mega_moe_inputs(
         x_scales,
         is_padding,
     )
+    alike = (
+        recipe if isinstance(recipe, (str, Recipe)) else type(recipe),
+        *(
+            (t.dtype, t.shape, t.stride(), t.device) if isinstance(t, torch.Tensor) else type(t)
+            for t in buffers
+        ),
+    )
+    prepared = _PREPARED.get(alike)
+    if prepared is None:
+        if isinstance(hidden_states, torch.Tensor) and hidden_states.shape[:1] == (0,):
+            return
+        prepared = _prepare(buffers, _stageable(recipe))
+        if len(_PREPARED) >= MOST_PREPARED:
+            _PREPARED.clear()
+        _PREPARED[alike] = prepared
+    prepared(buffers)
+
+
+def _prepare(buffers: _Buffers, recipe: Recipe) -> Callable[[_Buffers], None]:
+    """Check the buffers; then what stages these and any that are alike."""
     _check(buffers, recipe)
-    if not _runs_kernel(hidden_states.device):
-        _stage_in_torch(buffers, recipe)
-        return
-    with torch.cuda.device_of(hidden_states):
-        _LAUNCHERS[recipe.name](buffers)
-
-
-def _launch_ours(buffers: _Buffers) -> None:
+    device = buffers.hidden_states.device
+    if not _runs_kernel(device):
+        return functools.partial(_stage_in_torch, recipe=recipe)
+    if recipe.name == "seed":
+        return functools.partial(_on_device, device, _launch_seed)
     from nvfp4lab.kernels import staging
 
-    staging.launch(**vars(buffers))
+    launch = staging.prepare(*buffers, recipe=recipe.name)
+    return functools.partial(_on_device, device, lambda buffers: launch(*buffers))
+
+
+def _on_device(device: torch.device, launch: Callable[[_Buffers], None], buffers: _Buffers) -> None:
+    """Launch with the tensors' device as the current one."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        launch(buffers)
+    else:
+        with torch.cuda.device(device):
+            launch(buffers)
 
 
 def _launch_seed(buffers: _Buffers) -> None:
@@ -202,13 +231,6 @@ def _mark_padding(buffers: _Buffers) -> None:
         padding = buffers.is_padding[:, None]
         buffers.topk_idx_out.masked_fill_(padding, PADDING_ID)
         buffers.topk_weights_out.masked_fill_(padding, PADDING_WEIGHT)
-
-
-_LAUNCHERS: dict[str, Callable[[_Buffers], None]] = {
-    "nvfp4": _launch_ours,
-    "nvfp4-token": _launch_ours,
-    "seed": _launch_seed,
-}
 
 
 @functools.cache
@@ -253,9 +275,9 @@ _OPTIONAL = ("x_scales", "is_padding")
 
 def _stageable(recipe: str | Recipe) -> Recipe:
     recipe = catalogue.recipe(recipe)
-    if recipe.name not in _LAUNCHERS or recipe != catalogue.recipe(recipe.name):
+    if recipe.name not in _STAGEABLE or recipe != catalogue.recipe(recipe.name):
         raise ValueError(
-            f"recipe {recipe.name!r} has no staging kernel; stageable: {', '.join(_LAUNCHERS)}. "
+            f"recipe {recipe.name!r} has no staging kernel; stageable: {', '.join(_STAGEABLE)}. "
             "nvfp4lab.quantize takes any recipe"
         )
     return recipe

@@ -17,6 +17,9 @@ import torch
 PACKAGE = Path(__file__).resolve().parent.parent / "nvfp4lab"
 
 
+PER_TOKEN = ("nvfp4-token", "vllm-megamoe")
+
+
 def run(recipe: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Codes uint8 (T, K), one to a byte, scales uint8 (T, K / 16), outer float32 (T, 1) or None."""
     from nvfp4lab.kernels import seed, staging
@@ -27,11 +30,12 @@ def run(recipe: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
     ids = torch.zeros(tokens, 1, dtype=torch.int64, device=x.device)
     weights = torch.zeros(tokens, 1, device=x.device)
     top_k = weights, ids, x_fp4, x_sf, ids.clone(), weights.clone()
-    x_scales = torch.full((tokens,), -1.0, device=x.device) if recipe == "nvfp4-token" else None
+    x_scales = torch.full((tokens,), -1.0, device=x.device) if recipe in PER_TOKEN else None
     if recipe == "seed":
         seed._stage_deepseek_v4_mega_moe_inputs(x, *top_k)
     else:
-        staging.launch(x, *top_k, x_scales, None)
+        arguments = x, *top_k, x_scales, None
+        staging.prepare(*arguments, recipe=recipe)(*arguments)
     codes = torch.stack((x_fp4 & 15, x_fp4 >> 4), dim=-1).flatten(-2)
     return codes, x_sf.view(torch.uint8), None if x_scales is None else x_scales[:, None]
 

@@ -26,7 +26,7 @@ from nvfp4lab.kernels import numerics, staging
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 SEED = 1405
-OURS = ("nvfp4", "nvfp4-token")
+OURS = ("nvfp4", "nvfp4-token", "vllm-megamoe", "vllm-muse")
 SIZE = 1 << 13  # values that one program of a test kernel works on
 BF16_INF, BF16_MAX = 0x7F80, 0x7F7F
 INF, NAN = math.inf, math.nan
@@ -303,9 +303,10 @@ def test_views_with_longer_rows_and_odd_offsets_are_filled_and_nothing_beside_th
     weights = torch.arange(tokens * top_k * 2.0, device=device).view(tokens, -1)[:, ::2]
     whole_idx, idx_out = guarded((tokens, top_k), torch.int64, -7, device)
     weights_out = torch.full((top_k, tokens), -7.0, device=device).T
-    x_scales = torch.empty(tokens, device=device) if recipe == "nvfp4-token" else None
+    x_scales = torch.empty(tokens, device=device) if recipe in kernel_runs.PER_TOKEN else None
 
-    staging.launch(hidden, weights, ids, x_fp4, x_sf, idx_out, weights_out, x_scales, None)
+    arguments = hidden, weights, ids, x_fp4, x_sf, idx_out, weights_out, x_scales, None
+    staging.prepare(*arguments, recipe=recipe)(*arguments)
 
     q = quantize(x, recipe)
     assert torch.equal(x_fp4.cpu(), q.codes)

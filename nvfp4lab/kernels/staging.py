@@ -1,8 +1,13 @@
-"""The staging kernel for `nvfp4` and `nvfp4-token`: BF16 rows in; codes, scale words, top-k out.
+"""The staging kernel: BF16 rows in; codes, scale bytes, outer scales and the top-k copy out.
 
-Read from the bottom: `launch` picks the grid, `_stage` finds a token's outer scale and copies its
-top-k, `_stage_blocks` does the work on a run of blocks. Checks are in `nvfp4lab.staging`, formats
-in `numerics`. A row's base is a 64-bit offset; inside a row int32 is enough.
+Read from the bottom: `prepare` plans the launch. A program of `_stage` does a part of a row, or,
+where the recipe has an outer scale for each token, the whole row, its amax first; the first
+programs copy the top-k instead. `_quantize` and `_quantize_twice_divided` are the path of a tile of
+blocks to its bytes, a step a line; the steps are in `steps`. Checks are in `nvfp4lab.staging`.
+
+A thread has whole blocks: a tile of words is [2, BLOCKS, 4], the half of a block first, so that
+Triton gives the 32 bytes of a block to one thread, as two loads, and nothing is passed between
+threads; `packed` relies on it, and tests/test_compiled.py sees to it.
 
 No bit depends on whether float32 subnormals are flushed. Multiplying by a power of two is exact
 above 2^-126, where the outer scale 2^117 leaves 1 / 448; a product that falls below it, or a BF16
@@ -10,121 +15,244 @@ subnormal under any outer scale from 2^-100 up, is smaller than half the least s
 of it, and stands for zero either way.
 """
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from nvfp4lab.kernels.numerics import (
-    decode_e4m3,
-    encode_e2m1,
-    encode_e4m3,
-    power_of_two,
-    token_outer_exponent,
-)
+from nvfp4lab.kernels import steps
+from nvfp4lab.kernels.numerics import power_of_two, token_outer_exponent
+from nvfp4lab.kernels.steps import BF16_INF
 
-BLOCK = tl.constexpr(16)
-BF16_INF = tl.constexpr(0x7F80)
+BLOCK = 16
 BF16_MAX = tl.constexpr(0x7F7F)
-BLOCKS_AT_ONCE = 128  # blocks that a program works on together: one for each thread of 4 warps
+LARGEST_INT32 = 2**31 - 1
+
+# What varies between calls makes no variant of a kernel.
+POINTERS = (
+    "hidden", "x_fp4", "x_sf", "x_scales", "ids", "weights", "idx_out", "weights_out", "is_padding"
+)  # fmt: skip
+SIZES = (
+    "hidden_row", "x_fp4_row", "x_sf_row", "ids_row", "ids_column", "weights_row", "weights_column",
+    "idx_out_row", "idx_out_column", "weights_out_row", "weights_out_column",
+    "has_padding", "tokens", "copiers",
+)  # fmt: skip
+
+
+# ---- Loads and stores ----
 
 
 @triton.jit
-def _load_bits(row, first_block, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
-    """The BF16 bits of BLOCKS blocks as int32 [BLOCKS, 8, 2], zero past the end of the row."""
-    block = first_block + tl.arange(0, BLOCKS)[:, None, None]
-    within = tl.arange(0, 8)[None, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-    x = tl.load(row + block * BLOCK + within, mask=block < WIDTH // BLOCK, other=0.0)
-    return x.to(tl.int16, bitcast=True).to(tl.int32)
+def _load_words(hidden, block, mask, ALIGNED: tl.constexpr):
+    """The words of blocks of a row as int32 [2, BLOCKS, 4], zero where masked."""
+    half, word = tl.arange(0, 2)[:, None, None], tl.arange(0, 4)[None, None, :]
+    at = block[None, :, None] * 8 + half * 4 + word
+    mask = mask[None, :, None]
+    if ALIGNED:
+        pointer = hidden.to(tl.pointer_type(tl.int32), bitcast=True) + at
+        pointer = tl.max_contiguous(tl.multiple_of(pointer, [1, 1, 16]), [1, 1, 4])
+        return tl.load(pointer, mask=mask, other=0)
+    pointer = hidden.to(tl.pointer_type(tl.uint16), bitcast=True) + 2 * at
+    even = tl.load(pointer, mask=mask, other=0).to(tl.int32)
+    odd = tl.load(pointer + 1, mask=mask, other=0).to(tl.int32)
+    return even | (odd << 16)
 
 
 @triton.jit
-def _stage_blocks(
-    row, codes_row, words_row, first_block, inverse_outer, WIDTH: tl.constexpr, BLOCKS: tl.constexpr
-):
-    """Quantize BLOCKS blocks of a row: codes to bytes, scales to words."""
-    bits = _load_bits(row, first_block, WIDTH, BLOCKS)
-    magnitude = bits & 0x7FFF  # ordered as the numbers are, NaN above Inf
-    amax = tl.max(tl.max(magnitude, axis=2), axis=1)
-    has_nan = amax > BF16_INF
+def _store_codes(x_fp4, block, codes, mask, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr):
+    """uint8 [2, BLOCKS, 4] to the 8 bytes of each block of a row."""
+    codes = tl.reshape(tl.permute(codes, (1, 0, 2)), [BLOCKS, 8])
+    pointer = x_fp4 + block[:, None] * 8 + tl.arange(0, 8)[None, :]
+    if ALIGNED:
+        pointer = tl.max_contiguous(tl.multiple_of(pointer, [1, 8]), [1, 8])
+    tl.store(pointer, codes, mask=mask[:, None])
 
-    # amax / 6 and amax * fp32(1/6) round to the same E4M3 byte for every BF16 amax.
-    raw_scale = (amax << 16).to(tl.float32, bitcast=True) * inverse_outer * (1.0 / 6.0)
-    scale_code = tl.where(has_nan, 0x7F, encode_e4m3(raw_scale))
-    is_zero = scale_code == 0
-    scale = decode_e4m3(tl.where(is_zero | has_nan, 8, scale_code))
-    reciprocal = tl.where(is_zero, 0.0, tl.div_rn(1.0, scale) * inverse_outer)
 
-    x = (magnitude << 16).to(tl.float32, bitcast=True)
-    signed = encode_e2m1(x, reciprocal[:, None, None]) | ((bits >> 12) & 8)
-    even, odd = tl.split(tl.where(has_nan[:, None, None], 7, signed))
-
-    block = first_block + tl.arange(0, BLOCKS)[:, None]
-    byte = block * (BLOCK // 2) + tl.arange(0, 8)[None, :]
-    tl.store(codes_row + byte, (even | (odd << 4)).to(tl.uint8), mask=block < WIDTH // BLOCK)
-
-    word = first_block // 4 + tl.arange(0, BLOCKS // 4)
-    shift = tl.arange(0, 4)[None, :] * 8
-    words = tl.sum(tl.reshape(scale_code, [BLOCKS // 4, 4]) << shift, axis=1)
-    tl.store(words_row + word, words, mask=word < WIDTH // (4 * BLOCK))
+@triton.jit
+def _store_scales(x_sf, block, codes, mask):
+    """A byte for each block of a row; four in a row are the word of `layouts.to_words`."""
+    pointer = x_sf.to(tl.pointer_type(tl.uint8), bitcast=True) + block
+    pointer = tl.max_contiguous(pointer, [1])  # one a thread, as the blocks are
+    tl.store(pointer, codes.to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def _copy_top_k(
-    ids, weights, idx_out, weights_out, ids_column, weights_column, idx_out_column,
-    weights_out_column, is_padding, token, TOP_K: tl.constexpr, BLOCK_TOPK: tl.constexpr,
+    ids, weights, idx_out, weights_out, ids_row, ids_column, weights_row, weights_column,
+    idx_out_row, idx_out_column, weights_out_row, weights_out_column,
+    is_padding, has_padding, first, tokens, TOP_K: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """One token's ids to int64 and weights to float32; a padding token gets -1 and 0."""
-    k = tl.arange(0, BLOCK_TOPK).to(tl.int64)  # a column may lie anywhere
-    one_id = tl.load(ids + k * ids_column, mask=k < TOP_K, other=0).to(tl.int64)
-    weight = tl.load(weights + k * weights_column, mask=k < TOP_K, other=0.0).to(tl.float32)
-    if is_padding is not None:
-        padding = tl.load(is_padding + token) != 0
-        one_id = tl.where(padding, -1, one_id)
-        weight = tl.where(padding, 0.0, weight)
-    tl.store(idx_out + k * idx_out_column, one_id, mask=k < TOP_K)
-    tl.store(weights_out + k * weights_out_column, weight, mask=k < TOP_K)
+    """ENTRIES ids to int64 and weights to float32; a padding token gets -1 and 0."""
+    entry = first + tl.arange(0, ENTRIES)
+    token, k = (entry // TOP_K).to(tl.int64), (entry % TOP_K).to(tl.int64)
+    mask = entry < tokens * TOP_K
+    one_id = tl.load(ids + token * ids_row + k * ids_column, mask=mask).to(tl.int64)
+    weight = tl.load(weights + token * weights_row + k * weights_column, mask=mask).to(tl.float32)
+    padding = tl.load(is_padding + token, mask=mask & (has_padding != 0), other=0) != 0
+    at = token * idx_out_row + k * idx_out_column
+    tl.store(idx_out + at, tl.where(padding, -1, one_id), mask=mask)
+    at = token * weights_out_row + k * weights_out_column
+    tl.store(weights_out + at, tl.where(padding, 0.0, weight), mask=mask)
+
+
+# ---- Blocks ----
 
 
 @triton.jit
+def _quantize(
+    words, outer_exponent, has_special, NAN_SPOILS: tl.constexpr, SCALE_FLOOR: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Codes uint8 [2, BLOCKS, 4] and scale codes [BLOCKS] under a power of two as outer scale."""
+    amax = steps.block_amax(words, NAN_SPOILS, PACKED)
+    spoiled = amax > BF16_INF
+    # amax / 6 and amax * fp32(1/6) round to the same E4M3 byte for every BF16 amax.
+    raw = (amax << 16).to(tl.float32, bitcast=True) * power_of_two(254 - outer_exponent)
+    raw *= 1.0 / 6.0
+    if SCALE_FLOOR > 0:
+        raw = tl.maximum(raw, SCALE_FLOOR)
+    scale_code, scale = steps.encode_scale(raw, PACKED)
+    codes = steps.encode_divided(
+        words, scale, outer_exponent, has_special, spoiled, NAN_SPOILS, PACKED
+    )
+    return codes, tl.where(spoiled, 0x7F, scale_code)
+
+
+@triton.jit
+def _quantize_twice_divided(
+    words, outer, reciprocal, has_special, SCALE_FLOOR: tl.constexpr, PACKED: tl.constexpr
+):
+    """The same where x is divided by an outer scale that is any float32, and rounded, first."""
+    if has_special:
+        words = steps.without_nan(words)
+    amax = (steps.block_amax(words, True, PACKED) << 16).to(tl.float32, bitcast=True)
+    amax = steps.divide(amax, outer, reciprocal, PACKED)
+    amax = tl.where(outer == float("inf"), 0.0, amax)
+    scale_code, scale = steps.encode_scale(tl.maximum(amax * (1.0 / 6.0), SCALE_FLOOR), PACKED)
+    t1, t2, t3, t4 = steps.thresholds(outer, scale, PACKED)
+    return steps.encode_counted(words, t1, t2, t3, t4, PACKED), scale_code
+
+
+# ---- The kernel ----
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def _stage(
-    hidden, x_fp4, x_sf, x_scales, is_padding, ids, weights, idx_out, weights_out,
+    hidden, x_fp4, x_sf, x_scales, ids, weights, idx_out, weights_out, is_padding,
     hidden_row, x_fp4_row, x_sf_row, ids_row, ids_column, weights_row, weights_column,
     idx_out_row, idx_out_column, weights_out_row, weights_out_column,
-    WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_TOPK: tl.constexpr,
+    has_padding, tokens, copiers,
+    WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
+    OUTER: tl.constexpr, NAN_SPOILS: tl.constexpr,
+    SCALE_FLOOR: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Without x_scales, program (token, c) does the c-th run of BLOCKS blocks of the row; with
-    it, program (token, 0) does the row: its amax first, then its blocks.
-    """
-    token = tl.program_id(0).to(tl.int64)
-    row = hidden + token * hidden_row
-    codes_row = x_fp4 + token * x_fp4_row
-    words_row = x_sf + token * x_sf_row
-
-    if x_scales is None:
-        _stage_blocks(row, codes_row, words_row, tl.program_id(1) * BLOCKS, 1.0, WIDTH, BLOCKS)
-    else:
-        largest = tl.zeros([BLOCKS, 8, 2], tl.int32)
-        for first_block in range(0, WIDTH // BLOCK, BLOCKS):
-            magnitude = _load_bits(row, first_block, WIDTH, BLOCKS) & 0x7FFF
-            largest = tl.maximum(largest, tl.where(magnitude > BF16_INF, 0, magnitude))
-        amax = tl.minimum(tl.max(tl.reshape(largest, [BLOCKS * 16])), BF16_MAX)  # Inf as the max
-        exponent = token_outer_exponent(amax)
-        tl.store(x_scales + token, power_of_two(exponent))
-        for first_block in range(0, WIDTH // BLOCK, BLOCKS):
-            _stage_blocks(
-                row, codes_row, words_row, first_block, power_of_two(254 - exponent), WIDTH, BLOCKS
-            )
-
-    if tl.program_id(1) == 0:
+    """TILES tiles of a row, all of it where it has an outer scale, or BLOCKS entries of the top-k."""
+    program = tl.program_id(0)
+    if program < copiers:
         _copy_top_k(
-            ids + token * ids_row, weights + token * weights_row,
-            idx_out + token * idx_out_row, weights_out + token * weights_out_row,
-            ids_column, weights_column, idx_out_column, weights_out_column,
-            is_padding, token, TOP_K, BLOCK_TOPK,
+            ids, weights, idx_out, weights_out, ids_row, ids_column, weights_row, weights_column,
+            idx_out_row, idx_out_column, weights_out_row, weights_out_column,
+            is_padding, has_padding, program * BLOCKS, tokens, TOP_K, BLOCKS,
         )  # fmt: skip
+    else:
+        IN_ROW: tl.constexpr = WIDTH // 16
+        PARTS: tl.constexpr = (IN_ROW + BLOCKS * TILES - 1) // (BLOCKS * TILES)
+        part = program - copiers
+        row = (part // PARTS).to(tl.int64)
+        first = (part % PARTS) * (BLOCKS * TILES) + tl.arange(0, BLOCKS)
+        hidden += row * hidden_row
+        x_fp4 += row * x_fp4_row
+        x_sf += row * x_sf_row
+
+        tiles = ()
+        for tile in tl.static_range(TILES):
+            block = first + tile * BLOCKS
+            tiles += (_load_words(hidden, block, block < IN_ROW, ALIGNED),)
+
+        exponent = tl.full((), 127, tl.int32)  # of 1.0, where there is no outer scale
+        has_special = None
+        if OUTER is not None:
+            amax = _row_amax(tiles, True, TILES, PACKED)
+            has_special = amax >= BF16_INF
+            if has_special:
+                amax = _row_amax(tiles, False, TILES, PACKED)
+            if OUTER == "power of two":
+                exponent = token_outer_exponent(tl.minimum(amax, BF16_MAX))  # Inf as the largest
+                outer = power_of_two(exponent)
+            else:
+                amax = (amax << 16).to(tl.float32, bitcast=True)
+                outer = tl.maximum(amax, 1e-12) * (1.0 / 2688.0)
+                reciprocal = tl.div_rn(1.0, outer)
+            tl.store(x_scales + row, outer)
+
+        for tile in tl.static_range(TILES):
+            if OUTER == "amax / 2688":
+                codes, scale_codes = _quantize_twice_divided(
+                    tiles[tile], outer, reciprocal, has_special, SCALE_FLOOR, PACKED
+                )
+            else:
+                codes, scale_codes = _quantize(
+                    tiles[tile], exponent, has_special, NAN_SPOILS, SCALE_FLOOR, PACKED
+                )
+            block = first + tile * BLOCKS
+            _store_scales(x_sf, block, scale_codes, block < IN_ROW)
+            _store_codes(x_fp4, block, codes, block < IN_ROW, BLOCKS, ALIGNED)
 
 
-def launch(
+@triton.jit
+def _row_amax(tiles, NAN_SPOILS: tl.constexpr, TILES: tl.constexpr, PACKED: tl.constexpr):
+    largest = steps.block_amax(tiles[0], NAN_SPOILS, PACKED)
+    for tile in tl.static_range(1, TILES):
+        largest = tl.maximum(largest, steps.block_amax(tiles[tile], NAN_SPOILS, PACKED))
+    return tl.max(largest, axis=0)
+
+
+# ---- Launching ----
+
+
+class Plan(NamedTuple):
+    """How a recipe's kernel is launched for rows of one width."""
+
+    warps: int  # a tile has 32 blocks for each
+    tiles: int
+    programs_a_row: int
+    registers: int | None = None  # a thread's, at most
+
+
+DECISIONS: dict[str, dict[str, object]] = {
+    "nvfp4": {"OUTER": None, "NAN_SPOILS": True, "SCALE_FLOOR": 0.0},
+    "nvfp4-token": {"OUTER": "power of two", "NAN_SPOILS": True, "SCALE_FLOOR": 0.0},
+    "vllm-megamoe": {"OUTER": "amax / 2688", "NAN_SPOILS": False, "SCALE_FLOOR": 2.0**-9},
+    "vllm-muse": {"OUTER": None, "NAN_SPOILS": False, "SCALE_FLOOR": 2.0**-9},
+}
+
+
+@functools.cache
+def plan(recipe: str, width: int) -> Plan:
+    """One for all numbers of tokens, by the measurements in data/benchmarks/notes.md.
+
+    Short programs where rows can be divided. A row that has to be one program's gets two tiles: few
+    enough for it to be quick when there are few rows, enough to keep the loads of many in flight.
+    """
+    in_row = width // BLOCK
+    if DECISIONS[recipe]["OUTER"] is None:
+        return Plan(warps=2, tiles=1, programs_a_row=triton.cdiv(in_row, 64))
+    warps = min(32, triton.next_power_of_2(triton.cdiv(in_row, 64)))
+    return Plan(warps, triton.cdiv(in_row, 32 * warps), 1, registers=64)
+
+
+@functools.cache
+def is_packed(device: torch.device) -> bool:
+    """Whether the target has the instructions of `packed`; Triton's interpreter has not."""
+    if triton.knobs.runtime.interpret or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def prepare(
     hidden_states: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -134,19 +262,51 @@ def launch(
     topk_weights_out: torch.Tensor,
     x_scales: torch.Tensor | None,
     is_padding: torch.Tensor | None,
-) -> None:
-    """One launch over checked tensors on the current device; x_scales makes it `nvfp4-token`."""
+    recipe: str,
+) -> Callable[..., None]:
+    """A function of the first nine arguments that stages them, on the current device.
+
+    They may be others than these, of the same dtypes, shapes, strides and device. Its first call
+    for either alignment may compile; later ones go straight to the compiled kernel.
+
+    Raises: ValueError for more programs than a launch can have.
+    """
     tokens, width = hidden_states.shape
     top_k = topk_ids.shape[1]
-    blocks = min(BLOCKS_AT_ONCE, triton.next_power_of_2(width // BLOCK.value))
-    runs = 1 if x_scales is not None else triton.cdiv(width // BLOCK.value, blocks)
-    _stage[(tokens, runs)](
-        hidden_states, x_fp4, x_sf, x_scales, is_padding,
-        topk_ids, topk_weights, topk_idx_out, topk_weights_out,
+    planned = plan(recipe, width)
+    blocks = 32 * planned.warps
+    copiers = triton.cdiv(tokens * top_k, blocks)
+    grid = (copiers + tokens * planned.programs_a_row, 1, 1)
+    if max(grid[0], tokens * top_k) > LARGEST_INT32:
+        raise ValueError(f"{tokens} tokens of width {width}, top_k {top_k}: too many for a launch")
+    sizes = (
         hidden_states.stride(0), x_fp4.stride(0), x_sf.stride(0),
         *topk_ids.stride(), *topk_weights.stride(),
         *topk_idx_out.stride(), *topk_weights_out.stride(),
-        WIDTH=width, TOP_K=top_k, BLOCKS=blocks,
-        BLOCK_TOPK=triton.next_power_of_2(max(1, top_k)),
-        num_warps=4,  # pyright: ignore[reportCallIssue]  (Triton's own argument)
+        int(is_padding is not None), tokens, copiers,
     )  # fmt: skip
+    constants = (width, top_k, blocks, planned.tiles, *DECISIONS[recipe].values())
+    packed = is_packed(hidden_states.device)
+    options = {"num_warps": planned.warps, "maxnreg": planned.registers}
+    rows_at = 2 * hidden_states.stride(0) | 2 * x_fp4.stride(0)
+    compiled = {}
+
+    def stage(
+        hidden_states, topk_weights, topk_ids, x_fp4, x_sf, topk_idx_out, topk_weights_out,
+        x_scales, is_padding,
+    ) -> None:  # fmt: skip
+        # 16 bytes are loaded and 8 stored at a time.
+        aligned = (rows_at | hidden_states.data_ptr() | 2 * x_fp4.data_ptr()) % 16 == 0
+        arguments = (
+            hidden_states, x_fp4, x_sf, x_scales,
+            topk_ids, topk_weights, topk_idx_out, topk_weights_out,
+            x_fp4 if is_padding is None else is_padding.view(torch.uint8),
+            *sizes, *constants, aligned, aligned and packed,
+        )  # fmt: skip
+        kernel = compiled.get(aligned)
+        if kernel is None:
+            compiled[aligned] = _stage[grid](*arguments, **options)  # None in the interpreter
+        else:
+            kernel[grid](*arguments)
+
+    return stage
