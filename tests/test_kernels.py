@@ -353,7 +353,7 @@ def test_every_row_amax_gives_the_outer_scale_of_the_oracle(gpu):
     assert proofs.prove_token_outer(run, gpu) == 32768 * (128 + 8 + 1)
 
 
-@pytest.mark.parametrize("recipe", [*OURS, "seed"])
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-token", "seed"])
 def test_seeded_bit_patterns_give_the_bytes_of_the_oracle(recipe, gpu):
     proofs.prove_random(run, recipe, torch.bfloat16, gpu, width=7168, elements=1 << 22, seed=SEED)
 

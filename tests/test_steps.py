@@ -94,9 +94,10 @@ def differ_scale(count):
 
 
 @triton.jit
-def differ_quotient_scale(outers, count):
-    """Every BF16 magnitude under the outer scale of program axis 1."""
-    outer = tl.load(outers + tl.program_id(1))
+def differ_quotient_scale(outers, first, count):
+    """Every BF16 magnitude up to the row's amax, whose outer scale has its bits as index."""
+    row_amax = first + tl.program_id(1)
+    outer = tl.load(outers + row_amax)
     bits = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     amax = (bits << 16).to(tl.float32, bitcast=True)
     reciprocal = tl.div_rn(1.0, outer)
@@ -104,7 +105,7 @@ def differ_quotient_scale(outers, count):
     plain = tl.maximum(tl.div_rn(amax, outer) * (1.0 / 6.0), 0.001953125)
     code, _ = packed.encode_scale(mine)
     plain_code, _ = packed.encode_scale(plain)
-    wrong = (code != plain_code) & (bits < BF16_INF_)
+    wrong = (code != plain_code) & (bits <= row_amax)
     tl.atomic_add(count, tl.sum(wrong.to(tl.int32)))
 
 
@@ -124,44 +125,48 @@ def differ_thresholds(outer, scale, count, n):
 
 
 @triton.jit
-def _words_of_program(numbers):
-    """Its 512 blocks, loaded as the staging kernel does, so that a thread has whole ones."""
+def _halves_of_program(numbers):
+    """Its 512 blocks in halves, loaded as the staging kernel does, so that a thread has both."""
     block = tl.program_id(0) * 512 + tl.arange(0, 512)
-    return staging._load_words(numbers, block, block >= 0, True)
+    return staging._load_halves(numbers, block, block >= 0, True)
 
 
 @triton.jit
 def differ_divided(numbers, scales, count, NAN_SPOILS: tl.constexpr):
     """Under every scale (axis 1) and exponent of an outer scale (axis 2, from 27)."""
-    words = _words_of_program(numbers)
+    first, second = _halves_of_program(numbers)
     exponent = tl.program_id(2) + 27
     scale = tl.load(scales + tl.program_id(1)) + tl.zeros([512], tl.float32)
-    spoiled = steps.block_amax(words, NAN_SPOILS, False) > BF16_INF_
-    mine = packed.encode_divided(words, scale, exponent, exponent != 127, spoiled, NAN_SPOILS)
-    plain = steps.encode_divided(words, scale, exponent, None, spoiled, NAN_SPOILS, False)
-    tl.atomic_add(count, tl.sum((mine != plain).to(tl.int32)))
+    spoiled = steps.block_amax(first, second, NAN_SPOILS, False) > BF16_INF_
+    for half in tl.static_range(2):
+        words = second if half else first
+        mine = packed.encode_divided(words, scale, exponent, exponent != 127, spoiled, NAN_SPOILS)
+        plain = steps.encode_divided(words, scale, exponent, None, spoiled, NAN_SPOILS, False)
+        tl.atomic_add(count, tl.sum((mine != plain).to(tl.int32)))
 
 
 @triton.jit
 def differ_counted(numbers, count, TERM: tl.constexpr):
-    """Against every threshold (axis 1, from 1) of one term."""
-    words = steps.without_nan(_words_of_program(numbers))
-    t = tl.program_id(1) + 1 + tl.zeros([512], tl.int32)
+    """Against every threshold (axis 1, from 2^-125) of one term; there are none below 2^-63."""
+    first, second = _halves_of_program(numbers)
+    t = tl.program_id(1) + 0x100 + tl.zeros([512], tl.int32)
     never = tl.full([512], 0x8000, tl.int32)
     t1 = t if TERM == 1 else never
     t2 = t if TERM == 2 else never
     t3 = t if TERM == 3 else never
     t4 = t if TERM == 4 else never
-    mine = packed.encode_counted(words, t1, t2, t3, t4)
-    plain = steps.encode_counted(words, t1, t2, t3, t4, False)
-    tl.atomic_add(count, tl.sum((mine != plain).to(tl.int32)))
+    for half in tl.static_range(2):
+        words = steps.without_nan(second if half else first)
+        mine = packed.encode_counted(words, t1, t2, t3, t4)
+        plain = steps.encode_counted(words, t1, t2, t3, t4, False)
+        tl.atomic_add(count, tl.sum((mine != plain).to(tl.int32)))
 
 
 @triton.jit
 def differ_amax(numbers, count, NAN_SPOILS: tl.constexpr):
-    words = _words_of_program(numbers)
-    mine = packed.block_amax(words, NAN_SPOILS)
-    plain = steps.block_amax(words, NAN_SPOILS, False)
+    first, second = _halves_of_program(numbers)
+    mine = packed.block_amax(first, second, NAN_SPOILS)
+    plain = steps.block_amax(first, second, NAN_SPOILS, False)
     if NAN_SPOILS:  # any NaN stands for NaN
         mine = tl.minimum(mine, BF16_INF_ + 1)
         plain = tl.minimum(plain, BF16_INF_ + 1)
@@ -182,8 +187,9 @@ def test_scales_of_every_float32(count):
 
 def test_scales_of_every_block_amax_under_the_outer_scale_of_every_row_amax(count):
     outer = vllm_outer_scales()[:-1].cuda()
-    for part in outer.split(1 << 14):
-        differ_quotient_scale[(32768 // SIZE.value, len(part))](part, count)
+    for first in range(0, len(outer), 1 << 14):
+        rows = min(len(outer) - first, 1 << 14)
+        differ_quotient_scale[(32768 // SIZE.value, rows)](outer, first, count)
     assert count.item() == 0
 
 
@@ -204,12 +210,13 @@ def every_bf16(last: int = 0x7FFF) -> torch.Tensor:
 
 @pytest.mark.parametrize("nan_spoils", [True, False])
 def test_codes_of_every_bf16_under_every_scale_and_power_of_two(nan_spoils, count):
-    scales = torch.cat((torch.zeros(1), SCALES)).cuda()
     numbers = every_bf16()
     if nan_spoils:  # NaN beside every number would leave nothing to see
         numbers = torch.where(numbers.isnan(), 1.0, numbers)
-    grid = (numbers.numel() // SIZE.value, len(scales), 244 - 27 + 1)
-    differ_divided[grid](numbers, scales, count, nan_spoils)
+    finite = torch.where(numbers.isinf(), 1.0, numbers)  # Inf only meets a scale that is not zero
+    for part, met in ((numbers, SCALES.cuda()), (finite, torch.zeros(1, device="cuda"))):
+        grid = (numbers.numel() // SIZE.value, len(met), 244 - 27 + 1)
+        differ_divided[grid](part, met, count, nan_spoils)
     assert count.item() == 0
 
 
@@ -224,7 +231,7 @@ def test_codes_of_blocks_with_nan(count):
 @pytest.mark.parametrize("term", [1, 2, 3, 4])
 def test_codes_of_every_bf16_against_every_threshold(term, count):
     numbers = every_bf16()
-    differ_counted[(numbers.numel() // SIZE.value, 0x8000)](numbers, count, term)
+    differ_counted[(numbers.numel() // SIZE.value, 0x8001 - 0x100)](numbers, count, term)
     assert count.item() == 0
 
 

@@ -1,7 +1,7 @@
 """The steps of `steps` on two BF16 numbers at a time: inline PTX, for sm_90 and up.
 
 Arguments, results and bytes are those of the functions of the same names there, in plain Triton,
-which call these where the target has them. Proved over all inputs in tests/test_kernels.py, on a
+which call these where the target has them. Proved over all inputs in tests/test_steps.py, on a
 GPU only; change one and run that. The four words of a call must be of one block.
 
 Short they are because an addition and a clamp of 16-bit integers, and the minimum of three numbers,
@@ -125,12 +125,12 @@ def _larger_number(a, b):
 
 
 @triton.jit
-def block_amax(words, NAN_SPOILS: tl.constexpr):
-    magnitudes = words & 0x7FFF7FFF
+def block_amax(first, second, NAN_SPOILS: tl.constexpr):
+    first, second = first & 0x7FFF7FFF, second & 0x7FFF7FFF
     if NAN_SPOILS:
-        pair = tl.reduce(tl.reduce(magnitudes, 2, _larger_or_nan), 0, _larger_or_nan)
+        pair = tl.reduce(_larger_or_nan(first, second), 1, _larger_or_nan)
         return tl.maximum(pair & 0xFFFF, pair >> 16)
-    pair = tl.reduce(tl.reduce(magnitudes, 2, _larger_number), 0, _larger_number)
+    pair = tl.reduce(_larger_number(first, second), 1, _larger_number)
     even, odd = pair & 0xFFFF, pair >> 16  # NaN where there is nothing else
     return tl.maximum(tl.where(even > BF16_INF, 0, even), tl.where(odd > BF16_INF, 0, odd))
 
@@ -191,7 +191,7 @@ def encode_divided(words, scale, outer_exponent, has_inf, spoiled, NAN_SPOILS: t
     adding 1023 leaves it, rounded to even, in the last three bits: see `numerics.encode_e2m1`.
     Inf has the exponent after the largest, which under a large outer scale is too little.
     """
-    if has_inf is not None:
+    if has_inf is not None:  # noqa: SIM102  (known when it is compiled)
         if has_inf:
             words = _inf_above_all(words)
     bits = scale.to(tl.int32, bitcast=True)
@@ -205,10 +205,10 @@ def encode_divided(words, scale, outer_exponent, has_inf, spoiled, NAN_SPOILS: t
         OPERANDS,
         [
             words,
-            _twice_less(15 << 7, exponent)[None, :, None],
-            _twice(bound)[None, :, None],
-            reciprocal[None, :, None],
-            tl.where(spoiled, -1, 0)[None, :, None],
+            _twice_less(15 << 7, exponent)[:, None],
+            _twice(bound)[:, None],
+            reciprocal[:, None],
+            tl.where(spoiled, -1, 0)[:, None],
         ],
         dtype=tl.uint8,
         is_pure=True,
@@ -254,10 +254,10 @@ def encode_counted(words, t1, t2, t3, t4):
         OPERANDS,
         [
             words,
-            _twice_less(1, t1)[None, :, None],
-            _twice_less(1, t2)[None, :, None],
-            _twice_less(128, t3)[None, :, None],
-            _twice_less(128, t4)[None, :, None],
+            _twice_less(1, t1)[:, None],
+            _twice_less(1, t2)[:, None],
+            _twice_less(128, t3)[:, None],
+            _twice_less(128, t4)[:, None],
         ],
         dtype=tl.uint8,
         is_pure=True,

@@ -5,9 +5,9 @@ where the recipe has an outer scale for each token, the whole row, its amax firs
 programs copy the top-k instead. `_quantize` and `_quantize_twice_divided` are the path of a tile of
 blocks to its bytes, a step a line; the steps are in `steps`. Checks are in `nvfp4lab.staging`.
 
-A thread has whole blocks: a tile of words is [2, BLOCKS, 4], the half of a block first, so that
-Triton gives the 32 bytes of a block to one thread, as two loads, and nothing is passed between
-threads; `packed` relies on it, and tests/test_compiled.py sees to it.
+A thread has whole blocks: the words of a tile of blocks are two tensors [BLOCKS, 4], one of first
+halves and one of second, so that Triton gives both to the same thread, as loads of 16 bytes, and
+nothing is passed between threads; `packed` relies on it, and tests/test_compiled.py sees to it.
 
 No bit depends on whether float32 subnormals are flushed. Multiplying by a power of two is exact
 above 2^-126, where the outer scale 2^117 leaves 1 / 448; a product that falls below it, or a BF16
@@ -46,25 +46,31 @@ SIZES = (
 
 
 @triton.jit
-def _load_words(hidden, block, mask, ALIGNED: tl.constexpr):
-    """The words of blocks of a row as int32 [2, BLOCKS, 4], zero where masked."""
-    half, word = tl.arange(0, 2)[:, None, None], tl.arange(0, 4)[None, None, :]
-    at = block[None, :, None] * 8 + half * 4 + word
-    mask = mask[None, :, None]
+def _load_halves(hidden, block, mask, ALIGNED: tl.constexpr):
+    """The words of blocks of a row, first and second halves, int32 [BLOCKS, 4], 0 where masked."""
+    return (
+        _load_words(hidden, block[:, None] * 8, mask, ALIGNED),
+        _load_words(hidden, block[:, None] * 8 + 4, mask, ALIGNED),
+    )
+
+
+@triton.jit
+def _load_words(hidden, at, mask, ALIGNED: tl.constexpr):
+    at += tl.arange(0, 4)[None, :]
     if ALIGNED:
         pointer = hidden.to(tl.pointer_type(tl.int32), bitcast=True) + at
-        pointer = tl.max_contiguous(tl.multiple_of(pointer, [1, 1, 16]), [1, 1, 4])
-        return tl.load(pointer, mask=mask, other=0)
+        pointer = tl.max_contiguous(tl.multiple_of(pointer, [1, 16]), [1, 4])
+        return tl.load(pointer, mask=mask[:, None], other=0)
     pointer = hidden.to(tl.pointer_type(tl.uint16), bitcast=True) + 2 * at
-    even = tl.load(pointer, mask=mask, other=0).to(tl.int32)
-    odd = tl.load(pointer + 1, mask=mask, other=0).to(tl.int32)
+    even = tl.load(pointer, mask=mask[:, None], other=0).to(tl.int32)
+    odd = tl.load(pointer + 1, mask=mask[:, None], other=0).to(tl.int32)
     return even | (odd << 16)
 
 
 @triton.jit
-def _store_codes(x_fp4, block, codes, mask, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr):
-    """uint8 [2, BLOCKS, 4] to the 8 bytes of each block of a row."""
-    codes = tl.reshape(tl.permute(codes, (1, 0, 2)), [BLOCKS, 8])
+def _store_codes(x_fp4, block, first, second, mask, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr):
+    """The codes of both halves, uint8 [BLOCKS, 4], to the 8 bytes of each block of a row."""
+    codes = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [BLOCKS, 8])
     pointer = x_fp4 + block[:, None] * 8 + tl.arange(0, 8)[None, :]
     if ALIGNED:
         pointer = tl.max_contiguous(tl.multiple_of(pointer, [1, 8]), [1, 8])
@@ -103,11 +109,12 @@ def _copy_top_k(
 
 @triton.jit
 def _quantize(
-    words, outer_exponent, has_special, NAN_SPOILS: tl.constexpr, SCALE_FLOOR: tl.constexpr,
-    PACKED: tl.constexpr,
+    first, second, outer_exponent, has_special, NAN_SPOILS: tl.constexpr,
+    SCALE_FLOOR: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Codes uint8 [2, BLOCKS, 4] and scale codes [BLOCKS] under a power of two as outer scale."""
-    amax = steps.block_amax(words, NAN_SPOILS, PACKED)
+    """Codes uint8 [BLOCKS, 4] of both halves and scale codes [BLOCKS], the outer scale being a
+    power of two."""
+    amax = steps.block_amax(first, second, NAN_SPOILS, PACKED)
     spoiled = amax > BF16_INF
     # amax / 6 and amax * fp32(1/6) round to the same E4M3 byte for every BF16 amax.
     raw = (amax << 16).to(tl.float32, bitcast=True) * power_of_two(254 - outer_exponent)
@@ -115,25 +122,30 @@ def _quantize(
     if SCALE_FLOOR > 0:
         raw = tl.maximum(raw, SCALE_FLOOR)
     scale_code, scale = steps.encode_scale(raw, PACKED)
-    codes = steps.encode_divided(
-        words, scale, outer_exponent, has_special, spoiled, NAN_SPOILS, PACKED
+    first = steps.encode_divided(
+        first, scale, outer_exponent, has_special, spoiled, NAN_SPOILS, PACKED
     )
-    return codes, tl.where(spoiled, 0x7F, scale_code)
+    second = steps.encode_divided(
+        second, scale, outer_exponent, has_special, spoiled, NAN_SPOILS, PACKED
+    )
+    return first, second, tl.where(spoiled, 0x7F, scale_code)
 
 
 @triton.jit
 def _quantize_twice_divided(
-    words, outer, reciprocal, has_special, SCALE_FLOOR: tl.constexpr, PACKED: tl.constexpr
+    first, second, outer, reciprocal, has_special, SCALE_FLOOR: tl.constexpr, PACKED: tl.constexpr
 ):
     """The same where x is divided by an outer scale that is any float32, and rounded, first."""
     if has_special:
-        words = steps.without_nan(words)
-    amax = (steps.block_amax(words, True, PACKED) << 16).to(tl.float32, bitcast=True)
+        first, second = steps.without_nan(first), steps.without_nan(second)
+    amax = (steps.block_amax(first, second, True, PACKED) << 16).to(tl.float32, bitcast=True)
     amax = steps.divide(amax, outer, reciprocal, PACKED)
     amax = tl.where(outer == float("inf"), 0.0, amax)
     scale_code, scale = steps.encode_scale(tl.maximum(amax * (1.0 / 6.0), SCALE_FLOOR), PACKED)
     t1, t2, t3, t4 = steps.thresholds(outer, scale, PACKED)
-    return steps.encode_counted(words, t1, t2, t3, t4, PACKED), scale_code
+    first = steps.encode_counted(first, t1, t2, t3, t4, PACKED)
+    second = steps.encode_counted(second, t1, t2, t3, t4, PACKED)
+    return first, second, scale_code
 
 
 # ---- The kernel ----
@@ -149,7 +161,7 @@ def _stage(
     OUTER: tl.constexpr, NAN_SPOILS: tl.constexpr,
     SCALE_FLOOR: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """TILES tiles of a row, all of it where it has an outer scale, or BLOCKS entries of the top-k."""
+    """TILES tiles of a row, all of it if it has an outer scale, or BLOCKS entries of the top-k."""
     program = tl.program_id(0)
     if program < copiers:
         _copy_top_k(
@@ -162,15 +174,15 @@ def _stage(
         PARTS: tl.constexpr = (IN_ROW + BLOCKS * TILES - 1) // (BLOCKS * TILES)
         part = program - copiers
         row = (part // PARTS).to(tl.int64)
-        first = (part % PARTS) * (BLOCKS * TILES) + tl.arange(0, BLOCKS)
+        blocks = (part % PARTS) * (BLOCKS * TILES) + tl.arange(0, BLOCKS)
         hidden += row * hidden_row
         x_fp4 += row * x_fp4_row
         x_sf += row * x_sf_row
 
         tiles = ()
         for tile in tl.static_range(TILES):
-            block = first + tile * BLOCKS
-            tiles += (_load_words(hidden, block, block < IN_ROW, ALIGNED),)
+            block = blocks + tile * BLOCKS
+            tiles += (_load_halves(hidden, block, block < IN_ROW, ALIGNED),)
 
         exponent = tl.full((), 127, tl.int32)  # of 1.0, where there is no outer scale
         has_special = None
@@ -189,24 +201,26 @@ def _stage(
             tl.store(x_scales + row, outer)
 
         for tile in tl.static_range(TILES):
+            first, second = tiles[tile]
             if OUTER == "amax / 2688":
-                codes, scale_codes = _quantize_twice_divided(
-                    tiles[tile], outer, reciprocal, has_special, SCALE_FLOOR, PACKED
+                first, second, scale_codes = _quantize_twice_divided(
+                    first, second, outer, reciprocal, has_special, SCALE_FLOOR, PACKED
                 )
             else:
-                codes, scale_codes = _quantize(
-                    tiles[tile], exponent, has_special, NAN_SPOILS, SCALE_FLOOR, PACKED
+                first, second, scale_codes = _quantize(
+                    first, second, exponent, has_special, NAN_SPOILS, SCALE_FLOOR, PACKED
                 )
-            block = first + tile * BLOCKS
+            block = blocks + tile * BLOCKS
             _store_scales(x_sf, block, scale_codes, block < IN_ROW)
-            _store_codes(x_fp4, block, codes, block < IN_ROW, BLOCKS, ALIGNED)
+            _store_codes(x_fp4, block, first, second, block < IN_ROW, BLOCKS, ALIGNED)
 
 
 @triton.jit
 def _row_amax(tiles, NAN_SPOILS: tl.constexpr, TILES: tl.constexpr, PACKED: tl.constexpr):
-    largest = steps.block_amax(tiles[0], NAN_SPOILS, PACKED)
+    largest = steps.block_amax(tiles[0][0], tiles[0][1], NAN_SPOILS, PACKED)
     for tile in tl.static_range(1, TILES):
-        largest = tl.maximum(largest, steps.block_amax(tiles[tile], NAN_SPOILS, PACKED))
+        amax = steps.block_amax(tiles[tile][0], tiles[tile][1], NAN_SPOILS, PACKED)
+        largest = tl.maximum(largest, amax)
     return tl.max(largest, axis=0)
 
 
@@ -234,14 +248,15 @@ DECISIONS: dict[str, dict[str, object]] = {
 def plan(recipe: str, width: int) -> Plan:
     """One for all numbers of tokens, by the measurements in data/benchmarks/notes.md.
 
-    Short programs where rows can be divided. A row that has to be one program's gets two tiles: few
-    enough for it to be quick when there are few rows, enough to keep the loads of many in flight.
+    Short programs where rows can be divided. A row that has to be one program's has four warps or
+    more, and up to four tiles: the loads of several rows are in flight, and a single row is quick.
     """
     in_row = width // BLOCK
     if DECISIONS[recipe]["OUTER"] is None:
         return Plan(warps=2, tiles=1, programs_a_row=triton.cdiv(in_row, 64))
-    warps = min(32, triton.next_power_of_2(triton.cdiv(in_row, 64)))
-    return Plan(warps, triton.cdiv(in_row, 32 * warps), 1, registers=64)
+    warps = min(32, max(4, triton.next_power_of_2(triton.cdiv(in_row, 128))))
+    tiles = triton.cdiv(in_row, 32 * warps)
+    return Plan(warps, tiles, programs_a_row=1, registers=64 if tiles <= 2 else None)
 
 
 @functools.cache

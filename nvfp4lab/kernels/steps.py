@@ -2,8 +2,8 @@
 
 Each is here in plain Triton, one number at a time, for every target and the interpreter; where
 PACKED, on sm_90 and up, `packed` does the same two numbers at a time. Both are proved over all
-inputs in tests/test_kernels.py. Words are int32 [2, BLOCKS, 4]: the BF16 pairs of the halves of
-blocks, the even element low.
+inputs in tests/test_steps.py. Words are int32 [BLOCKS, 4]: the BF16 pairs of the first or of the
+second halves of blocks, the even element low.
 
 NAN_SPOILS: a NaN makes the block's scale NaN and all its codes 7, and zero keeps its sign. If not,
 NaN is passed over in the amax and has code 0, and zero has no sign.
@@ -24,14 +24,15 @@ BF16_INF = tl.constexpr(0x7F80)
 
 
 @triton.jit
-def block_amax(words, NAN_SPOILS: tl.constexpr, PACKED: tl.constexpr):
-    """The bits of the largest magnitude of each block, int32 [BLOCKS]; NaN above Inf."""
+def block_amax(first, second, NAN_SPOILS: tl.constexpr, PACKED: tl.constexpr):
+    """The bits of each block's largest magnitude, int32 [BLOCKS]; NaN above Inf."""
     if PACKED:
-        return packed.block_amax(words, NAN_SPOILS)
-    even, odd = words & 0x7FFF, (words >> 16) & 0x7FFF
+        return packed.block_amax(first, second, NAN_SPOILS)
     if not NAN_SPOILS:
-        even, odd = tl.where(even > BF16_INF, 0, even), tl.where(odd > BF16_INF, 0, odd)
-    return tl.max(tl.max(tl.maximum(even, odd), axis=2), axis=0)
+        first, second = without_nan(first), without_nan(second)
+    even = tl.maximum(first & 0x7FFF, second & 0x7FFF)
+    odd = tl.maximum((first >> 16) & 0x7FFF, (second >> 16) & 0x7FFF)
+    return tl.max(tl.maximum(even, odd), axis=1)
 
 
 @triton.jit
@@ -65,15 +66,15 @@ def encode_divided(
 
     scale: float32 [BLOCKS], the value of an E4M3 code; outer_exponent: the exponent field of the
     power of two that is the outer scale; has_inf: whether there may be an Inf, None where the outer
-    scale is 1; spoiled: bool [BLOCKS]. -> uint8 [2, BLOCKS, 4].
+    scale is 1; spoiled: bool [BLOCKS]. -> uint8 [BLOCKS, 4].
     """
     if PACKED:
         return packed.encode_divided(words, scale, outer_exponent, has_inf, spoiled, NAN_SPOILS)
     inverse = tl.div_rn(1.0, tl.where(scale == 0, 1.0, scale)) * power_of_two(254 - outer_exponent)
-    reciprocal = tl.where(scale == 0, 0.0, inverse)[None, :, None]
+    reciprocal = tl.where(scale == 0, 0.0, inverse)[:, None]
     even = _divided(words, reciprocal, NAN_SPOILS)
     odd = _divided(words >> 16, reciprocal, NAN_SPOILS)
-    return tl.where(spoiled[None, :, None], 0x77, even | (odd << 4)).to(tl.uint8)
+    return tl.where(spoiled[:, None], 0x77, even | (odd << 4)).to(tl.uint8)
 
 
 @triton.jit
@@ -122,7 +123,7 @@ def _least_magnitude(limit, outer, TIE_REACHES: tl.constexpr):
 def encode_counted(words, t1, t2, t3, t4, PACKED: tl.constexpr):
     """The codes that `thresholds` give, two to a byte: zero has no sign.
 
-    words: no NaN. -> uint8 [2, BLOCKS, 4].
+    words: no NaN. -> uint8 [BLOCKS, 4].
     """
     if PACKED:
         return packed.encode_counted(words, t1, t2, t3, t4)
@@ -143,4 +144,4 @@ def _counted(bits, t1, t2, t3, t4):
 
 @triton.jit
 def _reached(magnitude, threshold):
-    return (magnitude >= threshold[None, :, None]).to(tl.int32)
+    return (magnitude >= threshold[:, None]).to(tl.int32)
