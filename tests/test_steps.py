@@ -132,15 +132,16 @@ def _halves_of_program(numbers):
 
 
 @triton.jit
-def differ_divided(numbers, scales, count, NAN_SPOILS: tl.constexpr):
-    """Under every scale (axis 1) and exponent of an outer scale (axis 2, from 27)."""
+def differ_divided(numbers, scales, first_exponent, count, NAN_SPOILS: tl.constexpr):
+    """Under every scale (axis 1) and exponent of an outer scale (axis 2)."""
     first, second = _halves_of_program(numbers)
-    exponent = tl.program_id(2) + 27
+    exponent = tl.program_id(2) + first_exponent
+    has_inf = True if NAN_SPOILS else None
     scale = tl.load(scales + tl.program_id(1)) + tl.zeros([512], tl.float32)
     spoiled = steps.block_amax(first, second, NAN_SPOILS, False) > BF16_INF_
     for half in tl.static_range(2):
         words = second if half else first
-        mine = packed.encode_divided(words, scale, exponent, exponent != 127, spoiled, NAN_SPOILS)
+        mine = packed.encode_divided(words, scale, exponent, has_inf, spoiled, NAN_SPOILS)
         plain = steps.encode_divided(words, scale, exponent, None, spoiled, NAN_SPOILS, False)
         tl.atomic_add(count, tl.sum((mine != plain).to(tl.int32)))
 
@@ -208,15 +209,20 @@ def every_bf16(last: int = 0x7FFF) -> torch.Tensor:
     return bits.view(16, -1).T.contiguous().view(torch.bfloat16).cuda()
 
 
-@pytest.mark.parametrize("nan_spoils", [True, False])
-def test_codes_of_every_bf16_under_every_scale_and_power_of_two(nan_spoils, count):
+ONE = 127  # the exponent field of 1.0
+
+
+@pytest.mark.parametrize(
+    ("nan_spoils", "exponents"), [(True, range(27, 245)), (False, range(ONE, ONE + 1))], ids=str
+)
+def test_codes_of_every_bf16_under_every_scale_and_outer_scale(nan_spoils, exponents, count):
     numbers = every_bf16()
     if nan_spoils:  # NaN beside every number would leave nothing to see
         numbers = torch.where(numbers.isnan(), 1.0, numbers)
     finite = torch.where(numbers.isinf(), 1.0, numbers)  # Inf only meets a scale that is not zero
-    for part, met in ((numbers, SCALES.cuda()), (finite, torch.zeros(1, device="cuda"))):
-        grid = (numbers.numel() // SIZE.value, len(met), 244 - 27 + 1)
-        differ_divided[grid](part, met, count, nan_spoils)
+    for part, scales in ((numbers, SCALES.cuda()), (finite, torch.zeros(1, device="cuda"))):
+        grid = (numbers.numel() // SIZE.value, len(scales), len(exponents))
+        differ_divided[grid](part, scales, exponents[0], count, nan_spoils)
     assert count.item() == 0
 
 
@@ -224,7 +230,9 @@ def test_codes_of_blocks_with_nan(count):
     scales = torch.cat((torch.zeros(1), SCALES)).cuda()
     numbers = every_bf16()[:, :1].expand(-1, 16).contiguous()
     numbers[::2, 3] = math.nan
-    differ_divided[(numbers.numel() // SIZE.value, len(scales), 1)](numbers, scales, count, True)
+    numbers[1::2] = torch.where(numbers[1::2].isinf() | numbers[1::2].isnan(), 1.0, numbers[1::2])
+    grid = (numbers.numel() // SIZE.value, len(scales), 1)
+    differ_divided[grid](numbers, scales, ONE, count, True)
     assert count.item() == 0
 
 

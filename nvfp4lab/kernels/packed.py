@@ -192,6 +192,7 @@ def encode_divided(words, scale, outer_exponent, has_inf, spoiled, NAN_SPOILS: t
     Inf has the exponent after the largest, which under a large outer scale is too little.
     """
     if has_inf is not None:  # noqa: SIM102  (known when it is compiled)
+        tl.static_assert(NAN_SPOILS)
         if has_inf:
             words = _inf_above_all(words)
     bits = scale.to(tl.int32, bitcast=True)
