@@ -1,12 +1,14 @@
 """Quantized: codes, scales and outer scale with the recipe that made them, and how to decode them.
 
 The bytes are ours (`codec.quantize`, `staging.stage`) or another kernel's
-(`Quantized.from_buffers`); decoding does not ask which. To read one more layout of scales, add it
-to `SCALE_LAYOUTS`.
+(`Quantized.from_buffers`); decoding does not ask which. `decode` says what a value is; on a CUDA
+device a kernel gives the same bits. To read one more layout of scales, add it to `SCALE_LAYOUTS`.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from nvfp4lab import catalogue, layouts
+from nvfp4lab.formats import E2M1, E4M3, E8M0, UE5M3
 from nvfp4lab.rules import Recipe
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -85,10 +88,31 @@ class Quantized:
         if dtype not in DTYPES:
             raise TypeError(f"dequantizes to one of {DTYPES}, got {dtype}")
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        if _has_kernel(self.recipe) and _runs_kernels(out.device.type):
+            self._launch_kernel(out)
+            return out
         flat = out.view(-1, self.recipe.scale.block)
         for start, stop in spans(flat.shape[0], flat.shape[1]):
             flat[start:stop] = self.decode_blocks(start, stop, torch.finfo(dtype).max)
         return out
+
+    def _launch_kernel(self, out: torch.Tensor) -> None:
+        """What `decode_blocks` gives, bit for bit, in one launch and without temporaries."""
+        from nvfp4lab.kernels import dequantize
+
+        scale, largest = self.recipe.scale, torch.finfo(out.dtype).max
+        outer = None if self.outer is None else self.outer.to(out.device).contiguous()
+        fits = self.outer is None and scale.format and scale.format.max * E2M1.max <= largest
+        with torch.cuda.device_of(out):
+            dequantize.launch(
+                self.codes,
+                self.scales,
+                outer,
+                out,
+                block=scale.block,
+                scale_format=scale.format.name if scale.format else None,
+                largest=None if fits else largest,
+            )
 
     def decode_blocks(
         self, start: int, stop: int, largest: float = LARGEST_FLOAT32
@@ -161,6 +185,19 @@ class Quantized:
         if outer is not None and outer_is == "encode":
             outer = torch.ones_like(outer) / outer
         return cls(codes, scales.reshape(expected), outer, recipe)
+
+
+def _has_kernel(recipe: Recipe) -> bool:
+    """Whether kernels/dequantize.py knows its elements, scales and block."""
+    scale = recipe.scale
+    known = scale.format in (E4M3, UE5M3, E8M0, None) and scale.block in (16, 32)
+    return known and recipe.elements.format == E2M1
+
+
+@functools.cache
+def _runs_kernels(device_type: str) -> bool:
+    """On CUDA, where Triton is installed. Tests choose the interpreter: it is slow on the CPU."""
+    return device_type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def decode(

@@ -17,9 +17,8 @@ if not HAS_GPU:
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 # Triton is there on Linux only. test_staging.py runs without it, by the torch path.
-collect_ignore = (
-    [] if importlib.util.find_spec("triton") else ["test_kernels.py", "test_seed_faults.py"]
-)
+NEED_TRITON = ["test_dequantize.py", "test_kernels.py", "test_seed_faults.py"]
+collect_ignore = [] if importlib.util.find_spec("triton") else NEED_TRITON
 
 INTERPRETER = pytest.param(
     "cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled in this process")

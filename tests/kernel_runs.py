@@ -65,6 +65,7 @@ POINTERS = {
     "ids": "*i32", "weights": "*bf16", "idx_out": "*i64", "weights_out": "*fp32",
     "topk_ids": "*i64", "topk_weights": "*fp32",
     "topk_idx_out": "*i64", "topk_weights_out": "*fp32",
+    "codes": "*u8", "scales": "*u8", "outer": "*fp32", "out": "*bf16",
 }  # fmt: skip
 KERNELS = {  # name: file, function, constants
     "nvfp4": (
@@ -78,6 +79,11 @@ KERNELS = {  # name: file, function, constants
     "seed": (
         "seed.py", "_deepseek_v4_stage_mega_moe_inputs_kernel",
         {"hidden_size": 7168, "top_k": 6, "BLOCK_K": 128, "GROUP_K": 16, "BLOCK_TOPK": 8},
+    ),
+    "dequantize": (
+        "dequantize.py", "_dequantize",
+        {"BLOCK": 16, "FORMAT": "E4M3", "ROWS": True, "LARGEST": 65504.0, "BYTES": 4,
+         "ALIGNED": True, "RUN": 512, "INTERPRETED": False},
     ),
 }  # fmt: skip
 
@@ -106,7 +112,8 @@ def compile_here(name: str, file: str) -> int:
     signature = {
         n: "constexpr" if n in constants else POINTERS.get(n, "i64") for n in kernel.arg_names
     }
-    source = ASTSource(kernel, signature, constants)
+    new = [i for i, n in enumerate(kernel.arg_names) if n == "out"]  # so its address is aligned
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in new})
     return len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"])
 
 
