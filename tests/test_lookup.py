@@ -5,6 +5,9 @@ added. The proofs over named recipes may not be thinned out; those over variatio
 magnitude under some of the scale codes, as their names say.
 """
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -240,6 +243,23 @@ def test_another_default_device_is_not_asked(small_chunks, thread_count):
     with torch.device("meta"):
         got = nv.quantize(x)
     assert got.codes.equal(want.codes) and got.scales.equal(want.scales)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked on POSIX")
+def test_in_a_forked_process():
+    """Where torch's own threads, once they have run in the parent, never come back."""
+    script = """
+import os, torch, nvfp4lab as nv
+torch.set_num_threads(2)
+x = torch.randn(128, 7168).bfloat16()
+want = nv.quantize(x).codes.numpy().tobytes()
+child = os.fork()
+if child == 0:
+    os._exit(0 if nv.quantize(x).codes.numpy().tobytes() == want else 1)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=120, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.mark.parametrize(
