@@ -3,18 +3,21 @@
 Two passes over the input, in chunks of blocks, so that memory beyond input and result stays small
 however large they are: one for the outer scale (`outer`), where there is one, and one that takes
 each block to its codes (`blocks`). This is the reference that the kernels are held against; it
-imports none of them.
+imports none of them. Much BF16 on a CPU takes a third way, by a table of what `blocks` does
+(`lookup`), to the same bytes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from nvfp4lab import catalogue, layouts
+from nvfp4lab import catalogue, layouts, quantized
 from nvfp4lab.blocks import quantize_blocks
+from nvfp4lab.lookup import Table, table_of
 from nvfp4lab.outer import OuterScale, outer_from_amax
 from nvfp4lab.quantized import DTYPES, Quantized, spans
 from nvfp4lab.rules import Recipe
@@ -51,9 +54,13 @@ def quantize(
     scale_dtype = torch.float32 if recipe.scale.format is None else torch.uint8
     codes = torch.empty(*lead, width * bits // 8, dtype=torch.uint8, device=x.device)
     scales = torch.empty(*lead, width // block, dtype=scale_dtype, device=x.device)
-    outer_scale = find_outer(x, recipe, outer)
-
     flat_codes, flat_scales = codes.view(-1, block * bits // 8), scales.view(-1)
+    table = find_table(x, recipe)
+    if table is not None:
+        table.quantize(partial(blocks_of, x.detach(), block), flat_codes, flat_scales)
+        return Quantized(codes, scales, None, recipe)
+
+    outer_scale = find_outer(x, recipe, outer)
     for start, stop, blocks in iter_blocks(x, block):
         of_blocks = outer_scale.of_blocks(width // block, start, stop)
         element_codes, flat_scales[start:stop] = quantize_blocks(
@@ -62,6 +69,17 @@ def quantize(
         flat_codes[start:stop] = element_codes if bits == 8 else layouts.pack_nibbles(element_codes)
     g = None if recipe.outer is None else outer_scale.decode.contiguous()
     return Quantized(codes, scales, g, recipe)
+
+
+def find_table(x: torch.Tensor, recipe: Recipe) -> Table | None:
+    """The table by which x is quantized sooner, to the same bytes; None: there is none for it.
+
+    A table is derived once, in the time that `blocks` takes for some chunks of elements. Inputs
+    below one chunk do not ask for it.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or x.numel() < quantized.CHUNK:
+        return None
+    return table_of(recipe)
 
 
 def find_outer(
@@ -89,15 +107,17 @@ def find_outer(
 
 def iter_blocks(x: torch.Tensor, block: int) -> Iterator[tuple[int, int, torch.Tensor]]:
     """(start, stop, float32 copy [stop - start, block]) over all blocks of x, row-major."""
+    for start, stop in spans(x.numel() // block, block):
+        yield start, stop, blocks_of(x, block, start, stop).to(torch.float32, copy=True)
+
+
+def blocks_of(x: torch.Tensor, block: int, start: int, stop: int) -> torch.Tensor:
+    """Blocks start to stop of x, counted row-major: [stop - start, block], contiguous."""
     lead = (*x.shape[:-1], x.shape[-1] // block)
     blocks = x.unflatten(-1, (lead[-1], block))  # always a view
-    for start, stop in spans(math.prod(lead), block):
-        if x.is_contiguous():
-            piece = blocks.view(-1, block)[start:stop]
-        else:
-            index = torch.unravel_index(torch.arange(start, stop, device=x.device), lead)
-            piece = blocks[index]
-        yield start, stop, piece.to(torch.float32, copy=True)
+    if x.is_contiguous():
+        return blocks.view(-1, block)[start:stop]
+    return blocks[torch.unravel_index(torch.arange(start, stop, device=x.device), lead)]
 
 
 def check_input(x: torch.Tensor, recipe: Recipe, outer, generator) -> None:

@@ -220,9 +220,9 @@ def decode(
     return clamped if recipe.scale.format is not None else clamped.where(~s.isinf(), value)
 
 
-def spans(count: int, block: int) -> Iterator[tuple[int, int]]:
+def spans(count: int, block: int, chunk: int | None = None) -> Iterator[tuple[int, int]]:
     """Consecutive (start, stop) over `count` blocks, a chunk of elements at a time."""
-    step = max(1, CHUNK // block)
+    step = max(1, (CHUNK if chunk is None else chunk) // block)
     return ((start, min(start + step, count)) for start in range(0, count, step))
 
 

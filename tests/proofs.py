@@ -4,9 +4,9 @@ themselves.
 An implementation is any callable `(recipe, x) -> (codes, scales, outer)`: x a torch tensor (rows,
 width) on the device asked for; codes uint8 (rows, width), one 4-bit code to a byte, scales (rows,
 width / 16) in the scale format's own bytes (float32 for `nvfp4-exact-scale`), outer None, () or
-(rows, 1), all tensors. `quantize_with_torch` is one; a staging kernel, in the interpreter or on a
-GPU, is another (bf16, width 128). Every proof returns how many values it compared and raises
-AssertionError with the first ten mismatches.
+(rows, 1), all tensors. `quantize_with_torch` is one, `quantize_by_reference` another; a staging
+kernel, in the interpreter or on a GPU, is a third (bf16, width 128). Every proof returns how many
+values it compared and raises AssertionError with the first ten mismatches.
 
 May be changed: add implementations and proofs; a proof may not be thinned out without its docstring
 saying so.
@@ -37,6 +37,17 @@ def quantize_with_torch(recipe: str, x: torch.Tensor, outer: float | None = None
 
     q = nvfp4lab.quantize(x, recipe, outer=None if outer is None else torch.tensor(outer))
     return unpack(q.codes), q.scales, q.outer
+
+
+def quantize_by_reference(recipe: str, x: torch.Tensor):
+    """The same without the tables that `quantize` takes on a CPU; recipes without outer scale."""
+    import nvfp4lab
+    from nvfp4lab.blocks import quantize_blocks
+    from nvfp4lab.outer import OuterScale
+
+    blocks, one = x.reshape(-1, BLOCK).float(), OuterScale.one(x.device)
+    codes, scales = quantize_blocks(blocks, one, nvfp4lab.recipe(recipe), x.dtype)
+    return codes.view(x.shape), scales.view(len(x), -1), None
 
 
 def dequantize_with_torch(recipe: str, codes: torch.Tensor, scales: torch.Tensor, outer):

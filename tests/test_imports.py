@@ -18,12 +18,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "nvfp4lab"
 
 # A module imports from earlier layers only, never from its own. A folder counts as one module.
 LAYERS = (
-    {"kernels", "records", "runs", "publish", "formats"},
+    {"kernels", "records", "runs", "publish", "formats", "threads"},
     {"capture", "controls", "rules", "layouts"},
     {"catalogue"},
     {"quantized"},
     {"outer", "statistics"},
     {"blocks"},
+    {"lookup"},
     {"codec"},
     {"staging", "errors"},
     {"sweeps", "theory", "diagnose", "experts"},

@@ -24,25 +24,29 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])]
 on_devices = pytest.mark.parametrize("device", DEVICES)
 with_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
+both_ways = pytest.mark.parametrize(
+    "way", [proofs.quantize_with_torch, proofs.quantize_by_reference], ids=["quantize", "reference"]
+)
+
 
 @on_devices
+@both_ways
 @pytest.mark.parametrize("recipe", ["nvfp4", "seed", "seed-as-meant"])
-def test_every_bf16_amax_gives_the_scale_byte_of_the_oracle(recipe, device):
-    count = proofs.prove_scales(proofs.quantize_with_torch, recipe, device)
+def test_every_bf16_amax_gives_the_scale_byte_of_the_oracle(recipe, way, device):
+    count = proofs.prove_scales(way, recipe, device)
     print(f"{recipe}: {count} codes and scales from 32768 amax")
     assert count == 32768 * (proofs.BLOCK + 1)
 
 
 @on_devices
+@both_ways
 @pytest.mark.parametrize("recipe", ["nvfp4", "seed", "seed-as-meant"])
 def test_every_reachable_pair_of_bf16_value_and_scale_byte_gives_the_code_of_the_oracle(
-    recipe, device
+    recipe, way, device
 ):
     bytes_ = proofs.largest_amax_by_scale(recipe).values()
     pairs = sum(2 * (amax + 1) for amax in bytes_)
-    count = proofs.prove_codes(
-        proofs.quantize_with_torch, recipe, device, with_nan=recipe != "nvfp4"
-    )
+    count = proofs.prove_codes(way, recipe, device, with_nan=recipe != "nvfp4")
     print(f"{recipe}: {pairs} pairs under {len(bytes_)} scale bytes in {count} codes and scales")
     assert count > pairs
 
