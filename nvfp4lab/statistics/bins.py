@@ -21,7 +21,7 @@ AMAX_COUNT = 1 + len(AMAX_EXPONENTS)  # bin 0: no finite element but zeros
 QUOTIENT_COUNT = QUOTIENT_BINS + 1  # the last one is open
 QSNR_COUNT = QSNR_TO - QSNR_FROM + 3  # below, 1 dB each, above or exact, lost
 
-_NMSE_EDGES = [10 ** (-db / 10) for db in range(QSNR_TO, QSNR_FROM - 1, -1)]
+NMSE_EDGES = [10 ** (-db / 10) for db in range(QSNR_TO, QSNR_FROM - 1, -1)]
 
 
 def crest_bin(crest: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ def qsnr_bin(xx: torch.Tensor, ee: torch.Tensor, lost: torch.Tensor) -> torch.Te
 
     Nothing lost and no error: exact. An error on nothing but zeros: below.
     """
-    edges = torch.tensor(_NMSE_EDGES, dtype=torch.float64, device=xx.device)
+    edges = torch.tensor(NMSE_EDGES, dtype=torch.float64, device=xx.device)
     nmse = (ee / xx).where(ee > 0, 0.0)
     above = torch.bucketize(nmse, edges)  # how many edges are below it
     return (QSNR_COUNT - 2 - above).where(lost == 0, QSNR_COUNT - 1)

@@ -1,0 +1,142 @@
+"""A piece of a tensor counted by one kernel, on a GPU: what `in_torch.count` gives, without a wait.
+
+The kernel and its tables are `kernels.errors`; here its totals get the names of `contents`. Counts,
+histograms and largest values are those of `in_torch` to the bit, and so are the worst blocks but
+for the last bits of their ee; sums are added in another order.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+
+import torch
+
+from nvfp4lab.formats import Format
+from nvfp4lab.rules import Recipe
+from nvfp4lab.statistics import bins
+from nvfp4lab.statistics.merging import KEPT
+from nvfp4lab.statistics.pieces import Counted, Piece
+
+
+@functools.cache
+def takes(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the kernel counts this recipe's errors there: its blocks are 8, 16, 32 ... long."""
+    block = recipe.scale.block
+    has_kernel = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return has_kernel and 8 <= block <= 256 and block & (block - 1) == 0
+
+
+def count(
+    piece: Piece,
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    stored: torch.Tensor,
+    g: torch.Tensor | None,
+    recipe: Recipe,
+    last: tuple[int, float] | None = None,
+) -> Counted:
+    """x: [rows, k] of any dtype and strides, or its blocks [n, block]; codes uint8 [n, block] or
+    two to a byte [n, block / 2]; stored scales [n]; g: outer decode scale None, () or [n, 1]."""
+    from nvfp4lab.kernels import errors as kernel
+
+    elements, scale = recipe.elements.format, recipe.scale.format
+    outer = torch.ones(1, device=x.device) if g is None else g.reshape(-1)
+    if len(outer) > 1:
+        outer = outer.view(piece.rows, -1)[:, 0].contiguous()
+    given = kernel.Piece(
+        x if len(x) == piece.rows else x.view(piece.rows, -1),
+        codes,
+        stored,
+        outer,
+        _values(elements, x.device),
+        None if scale is None else _values(scale, x.device),
+    )
+    with torch.cuda.device_of(x):
+        totals = kernel.count(given, _qsnr_edges(x.device), _constants(elements))
+        order = totals.tile_ee.flatten().argsort(descending=True, stable=True)
+        by_lost = totals.tile_lost.flatten()[order].argsort(descending=True, stable=True)
+        index, lost, ee, amax, blocks = kernel.describe(given, order[by_lost[:KEPT]])
+
+    counts, sums = _fields(totals.counts, kernel.COUNTS), _fields(totals.sums, kernel.SUMS)
+    rows = [part.sum(1) for part in (totals.row_xx, totals.row_ee, totals.row_lost)]
+    channel_xx, channel_ee, channel_xq = totals.channels
+    counts |= {
+        "nonfinite_output": counts["amax_lost"].sum(),
+        "crest_blocks": counts["crest_counts"].sum(),
+        "element_codes": counts["element_codes"][: 2**elements.bits],
+    }
+    of_scales = counts.pop("scales")
+    if scale is None:
+        zero, nan, other = of_scales[:3]
+        counts |= {"scale_zero": zero, "scale_nan": nan, "scale_normal": other}
+    else:
+        counts["scale_codes"] = of_scales
+    sums |= {"sum_xx": rows[0].sum(), "sum_ee": rows[1].sum(), "sum_xq": channel_xq.sum()}
+    coded = torch.full_like(index, -1) if scale is None else stored[index].long()
+    worst = {
+        "token": piece.row + index // given.blocks_in_row,
+        "block": piece.block + index % given.blocks_in_row,
+        "lost": lost,
+        "ee": ee,
+        "amax": amax,
+        "scale_code": coded,
+        "scale": stored[index] if scale is None else scale.decode(stored[index]),
+        "outer": torch.full_like(amax, math.nan) if g is None else outer.expand(piece.rows)[index // given.blocks_in_row],
+        "x": blocks,
+    }
+    largest = dict(zip(kernel.LARGEST, totals.largest.view(torch.float64), strict=True))
+    return Counted(counts, sums, largest, rows, [channel_xx, channel_ee, channel_xq], worst)
+
+
+_SIZES = {
+    "quotient_elements": bins.QUOTIENT_COUNT,
+    "quotient_e": bins.QUOTIENT_COUNT,
+    "quotient_ee": bins.QUOTIENT_COUNT,
+    "amax_blocks": bins.AMAX_COUNT,
+    "amax_lost": bins.AMAX_COUNT,
+    "amax_xx": bins.AMAX_COUNT,
+    "amax_ee": bins.AMAX_COUNT,
+    "block_qsnr": bins.QSNR_COUNT,
+    "crest_counts": bins.CREST_COUNT,
+    "element_codes": 256,
+    "scales": 256,
+}  # of the others each is a number
+
+
+def _fields(copies: torch.Tensor, starts: dict[str, int]) -> dict[str, torch.Tensor]:
+    """The totals [copies, .] added up, by name."""
+    total = copies.sum(0)
+    return {
+        name: total[at : at + _SIZES[name]] if name in _SIZES else total[at]
+        for name, at in starts.items()
+    }
+
+
+def _constants(elements: Format) -> dict:
+    """Where the kernel puts what, besides its layout: the numbers of `bins`."""
+    return {
+        "CODE_BINS": 512 if elements.bits == 8 else 32,  # a power of two, with one to drop into
+        "LARGEST_ELEMENT": elements.max,
+        "INVERSE_WIDTH": 1 / bins.quotient_width(elements.max),
+        "QUOTIENT_BINS": bins.QUOTIENT_BINS,
+        "FIRST_EXPONENT": bins.AMAX_EXPONENTS[0],
+        "CREST_FROM": bins.CREST_FROM,
+        "CREST_PER_UNIT": bins.CREST_PER_UNIT,
+        "CREST_COUNT": bins.CREST_COUNT,
+        "QSNR_COUNT": bins.QSNR_COUNT,
+    }
+
+
+@functools.cache
+def _values(fmt: Format, device: torch.device) -> torch.Tensor:
+    return fmt.decode(torch.arange(2**fmt.bits, device=device).to(torch.uint8))
+
+
+@functools.cache
+def _qsnr_edges(device: torch.device) -> torch.Tensor:
+    """`bins.NMSE_EDGES`, filled up with Inf to the 127 that a search in seven steps tells apart."""
+    edges = torch.full((127,), math.inf, dtype=torch.float64)
+    edges[: len(bins.NMSE_EDGES)] = torch.tensor(bins.NMSE_EDGES, dtype=torch.float64)
+    return edges.to(device)
