@@ -1,6 +1,8 @@
-"""Triton kernels. Imported by `nvfp4lab.staging` when one is to run, and by nothing else.
+"""Triton kernels. Imported when one is to run, by `nvfp4lab.staging` and by
+`nvfp4lab.statistics.in_triton`, and by nothing else.
 
 numerics.py   encoders and decoders as Triton functions
 staging.py    ours: the staging kernel for `nvfp4` and `nvfp4-token`
 seed.py       the user's kernel and launcher, kept as written
+errors.py     counts and sums of the error
 """

@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 
 COPIES = 512
-TILE = 512  # elements of one row that a program works on together
+BLOCKS = 64  # blocks of a row that a program works on together, one for each thread
+CHANNELS = 512  # the same of channels
 PROGRAMS = 4096  # a launch has about as many, however many rows there are
-MOST_ROWS = 255  # that a program may take: counts of elements are kept in bytes
-WARPS = 4
+COUNTED_AT_ONCE = False  # quotients: by `tl.histogram`, or each by an atomic
+UNROLL = 2  # elements of a block in a turn of the loop
 
 FLOAT32_MAX, INFINITY = tl.constexpr(3.4028234663852886e38), tl.constexpr(float("inf"))
 FLOAT64_EXPONENT = tl.constexpr(1022)  # of frexp: what an exponent field is larger by
@@ -76,40 +77,32 @@ def _decode(value, s, g):
 
 
 @triton.jit
-def _load_tile(
-    x, codes, stored, g, scale_values, row, block, blocks_in_row,
-    row_stride, column_stride, g_stride, BLOCK: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Blocks of one row: x as float32 and codes as int32 [BLOCKS, BLOCK]; stored scales, as int32
-    where they are codes, and what they decode to, float32 [BLOCKS]; the row's g."""
-    inside = block < blocks_in_row
-    lane = tl.arange(0, BLOCK)[None, :]
-    element = block[:, None].to(tl.int64) * BLOCK + lane
-    at = x + row * row_stride + element * column_stride
-    values = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
-
-    place = row * blocks_in_row + block
-    if PACKED:
-        byte = tl.load(
-            codes + place[:, None] * (BLOCK // 2) + lane // 2, mask=inside[:, None], other=0
-        )
-        code = (byte.to(tl.int32) >> ((lane & 1) * 4)) & 15
-    else:
-        code = tl.load(codes + place[:, None] * BLOCK + lane, mask=inside[:, None], other=0)
-        code = code.to(tl.int32)
+def _load_scale(stored, scale_values, place, inside):
+    """The scales as they count, int32 codes or 0 for zero, 1 for NaN, 2 for another float32; and
+    their values, float32."""
     scale = tl.load(stored + place, mask=inside, other=0)
     if scale_values is None:
-        s = scale
+        return tl.where(scale == 0, 0, tl.where(scale == scale, 2, 1)), scale
     else:
-        scale = scale.to(tl.int32)
-        s = tl.load(scale_values + scale)
-    return values, code, scale, s, tl.load(g + row * g_stride)
+        code = scale.to(tl.int32)
+        return code, tl.load(scale_values + code)
+
+
+@triton.jit
+def _load_element(x, codes, at, place, inside, PACKED: tl.constexpr):
+    """x at `at` as float32, and the code of the element `place`, counted row-major, as int32."""
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if PACKED:
+        byte = tl.load(codes + place // 2, mask=inside, other=0).to(tl.int32)
+        return value, (byte >> (place & 1).to(tl.int32) * 4) & 15
+    else:
+        return value, tl.load(codes + place, mask=inside, other=0).to(tl.int32)
 
 
 @triton.jit
 def _masks(x, q, inside):
     """Which elements are finite, and which are counted: x and q both finite."""
-    finite = (tl.abs(x) < INFINITY) & inside[:, None]
+    finite = (tl.abs(x) < INFINITY) & inside
     return finite, finite & (tl.abs(q) < INFINITY)
 
 
@@ -132,168 +125,189 @@ def _qsnr_bin(xx, ee, lost, edges, QSNR_COUNT: tl.constexpr):
 
 
 @triton.jit
-def _count(
+def _count_channels(
+    x, codes, stored, g, element_values, scale_values, channels, counts,
+    runs, rows, rows_at_once, blocks_in_row, row_stride, column_stride, g_stride,
+    BLOCK: tl.constexpr, SIZE: tl.constexpr, COPIES: tl.constexpr, PACKED: tl.constexpr,
+    CODE_BINS: tl.constexpr,
+):  # fmt: skip
+    """Program i: run i % runs of SIZE channels, through run i // runs of rows.
+
+    Added to channels, float64 [3, K], and how often each code occurs to counts [COPIES, size].
+    """
+    counts += (tl.program_id(0) % COPIES) * COUNTS_SIZE
+    width = blocks_in_row.to(tl.int64) * BLOCK
+    channel = (tl.program_id(0) % runs).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = channel < width
+    sum_xx = tl.zeros([SIZE], tl.float64)
+    sum_ee, sum_xq = sum_xx, sum_xx
+    code_counts = tl.zeros([CODE_BINS], tl.int32)
+
+    first_row = (tl.program_id(0) // runs).to(tl.int64) * rows_at_once
+    for row_in_run in range(0, tl.minimum(rows_at_once, rows - first_row)):
+        row = first_row + row_in_run
+        at, place = row * row_stride + channel * column_stride, row * width + channel
+        x32, code = _load_element(x, codes, at, place, inside, PACKED)
+        _, s = _load_scale(stored, scale_values, place // BLOCK, inside)
+        q32 = _decode(tl.load(element_values + code), s, tl.load(g + row * g_stride))
+        _, counted = _masks(x32, q32, inside)
+        x64 = tl.where(counted, x32, 0.0).to(tl.float64)
+        q64 = tl.where(counted, q32, 0.0).to(tl.float64)
+        e = q64 - x64
+        sum_xx += x64 * x64
+        sum_ee += e * e
+        sum_xq += x64 * q64
+        code_counts += tl.histogram(tl.where(inside, code, CODE_BINS - 1), CODE_BINS)
+
+    tl.atomic_add(channels + channel, sum_xx, mask=inside, sem="relaxed")
+    tl.atomic_add(channels + width + channel, sum_ee, mask=inside, sem="relaxed")
+    tl.atomic_add(channels + 2 * width + channel, sum_xq, mask=inside, sem="relaxed")
+    tl.atomic_add(counts + CODES + tl.arange(0, CODE_BINS), code_counts, sem="relaxed")
+
+
+@triton.jit
+def _count_blocks(
     x, codes, stored, g, element_values, scale_values, qsnr_edges,
-    row_xx, row_ee, row_lost, tile_ee, tile_lost, channels, sums, counts, largest,
+    row_xx, row_ee, row_lost, tile_ee, tile_lost, sums, counts, largest,
     runs, rows, rows_at_once, blocks_in_row, row_stride, column_stride, g_stride,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, COPIES: tl.constexpr, PACKED: tl.constexpr,
-    CODE_BINS: tl.constexpr, LARGEST_ELEMENT: tl.constexpr, INVERSE_WIDTH: tl.constexpr,
-    QUOTIENT_BINS: tl.constexpr, FIRST_EXPONENT: tl.constexpr, CREST_FROM: tl.constexpr,
-    CREST_PER_UNIT: tl.constexpr, CREST_COUNT: tl.constexpr, QSNR_COUNT: tl.constexpr,
+    LARGEST_ELEMENT: tl.constexpr, INVERSE_WIDTH: tl.constexpr, QUOTIENT_BINS: tl.constexpr,
+    FIRST_EXPONENT: tl.constexpr, CREST_FROM: tl.constexpr, CREST_PER_UNIT: tl.constexpr,
+    CREST_COUNT: tl.constexpr, QSNR_COUNT: tl.constexpr, COUNTED_AT_ONCE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Program i: run i % runs of blocks, through run i // runs of rows.
+    """Program i: run i % runs of BLOCKS blocks, one for each thread, through run i // runs of rows.
 
-    row_*, tile_*: [rows, runs of blocks], a tile's sums and its worst block. channels: float64
-    [3, K]. sums, counts: [COPIES, size], added to. largest: bits of float64 [3], raised.
+    row_*, tile_*: [rows, runs], the sums of a tile and its worst block. sums, counts: [COPIES,
+    size], added to. largest: the bits of float64 [3], raised.
     """
-    run, copy = tl.program_id(0) % runs, tl.program_id(0) % COPIES
-    sums += copy * SUMS_SIZE
-    counts += copy * COUNTS_SIZE
+    run = tl.program_id(0) % runs
+    sums += (tl.program_id(0) % COPIES) * SUMS_SIZE
+    counts += (tl.program_id(0) % COPIES) * COUNTS_SIZE
     block = run * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < blocks_in_row
-    lane = tl.arange(0, BLOCK)[None, :]
 
-    channel_xx = tl.zeros([BLOCKS, BLOCK], tl.float64)
-    channel_ee, channel_xq = channel_xx, channel_xx
-    qq, abs_sum, e_sum = channel_xx, channel_xx, channel_xx
-    max_abs, max_rel = channel_xx, channel_xx
-    of_elements = tl.zeros([BLOCKS, BLOCK], tl.int32)  # four counts of up to 255 rows
+    qq = tl.zeros([BLOCKS], tl.float64)
+    sum_abs_e, sum_e, ee_max, ee_other, ee_zero, sum_crest = qq, qq, qq, qq, qq, qq
+    max_abs_e, max_rel_e = qq, qq
     largest_amax = tl.zeros([BLOCKS], tl.float32)
-    ee_max = tl.zeros([BLOCKS], tl.float64)
-    ee_other, ee_zero, crest_sum = ee_max, ee_max, ee_max
-    code_counts = tl.zeros([CODE_BINS], tl.int32)
+    nonfinite = tl.zeros([BLOCKS], tl.int32)
+    nonzero, flushed, saturated = nonfinite, nonfinite, nonfinite
     quotient_counts = tl.zeros([128], tl.int32)
 
-    first_row = tl.program_id(0) // runs * rows_at_once
+    first_row = (tl.program_id(0) // runs).to(tl.int64) * rows_at_once
     for row_in_run in range(0, tl.minimum(rows_at_once, rows - first_row)):
-        row = (first_row + row_in_run).to(tl.int64)
-        values, code, scale, s, outer = _load_tile(
-            x, codes, stored, g, scale_values, row, block, blocks_in_row,
-            row_stride, column_stride, g_stride, BLOCK, PACKED,
-        )  # fmt: skip
-        decoded = _decode(tl.load(element_values + code), s[:, None], outer)
-        finite, counted = _masks(values, decoded, inside)
-        magnitude = tl.where(finite, tl.abs(values), 0.0)
-        amax = tl.max(magnitude, axis=1)
-        all_xx = magnitude.to(tl.float64) * magnitude.to(tl.float64)
-        power = tl.sum(all_xx, axis=1)
-        lost = tl.sum((finite & (counted == 0)).to(tl.int32), axis=1)
+        row = first_row + row_in_run
+        place = row * blocks_in_row + block
+        scale, s = _load_scale(stored, scale_values, place, inside)
+        outer = tl.load(g + row * g_stride)
+        limit = tl.abs(_decode(LARGEST_ELEMENT, s, outer))
+        limit = tl.where(limit > 0, limit, INFINITY)
+        step = tl.abs(s.to(tl.float64) * outer.to(tl.float64))
+        usable = (step > 0) & (step < INFINITY)
+        step = tl.where(usable, step, 1.0)
+        per_step = 1.0 / step
 
-        # From here on an element that is not counted is zero in x and q.
-        magnitude = tl.where(counted, magnitude, 0.0)
-        x32, q32 = tl.where(counted, values, 0.0), tl.where(counted, decoded, 0.0)
-        x64, q64 = x32.to(tl.float64), q32.to(tl.float64)
-        e = q64 - x64
-        abs_e, ee, xx = tl.abs(e), e * e, tl.where(counted, all_xx, 0.0)
-        channel_xx += xx
-        channel_ee += ee
-        channel_xq += x64 * q64
-        qq += q64 * q64
-        abs_sum += abs_e
-        e_sum += e
-        max_abs = tl.maximum(max_abs, abs_e)
-        relative = abs_e / tl.where(x32 != 0, magnitude, 1.0).to(tl.float64)
-        max_rel = tl.maximum(max_rel, tl.where(x32 != 0, relative, 0.0))
+        xx = tl.zeros([BLOCKS], tl.float64)
+        ee, power, of_max = xx, xx, xx
+        amax = tl.zeros([BLOCKS], tl.float32)
+        largest_counted = amax - 1.0
+        lost = tl.zeros([BLOCKS], tl.int32)
+        finite_count = lost
+        for lane in tl.range(0, BLOCK, loop_unroll_factor=UNROLL):
+            at = row * row_stride + (block.to(tl.int64) * BLOCK + lane) * column_stride
+            x32, code = _load_element(x, codes, at, place * BLOCK + lane, inside, PACKED)
+            q32 = _decode(tl.load(element_values + code), s, outer)
+            finite, counted = _masks(x32, q32, inside)
+            magnitude = tl.where(finite, tl.abs(x32), 0.0)
+            amax = tl.maximum(amax, magnitude)
+            x_finite = magnitude.to(tl.float64)
+            power += x_finite * x_finite
+            finite_count += finite.to(tl.int32)
+            lost += (finite & (counted == 0)).to(tl.int32)
 
-        limit = tl.abs(_decode(LARGEST_ELEMENT, s, outer))[:, None]
-        saturated = (magnitude > limit) & (limit > 0)
-        flushed = (x32 != 0) & (q32 == 0)
-        of_elements += ((finite == 0) & inside[:, None]).to(tl.int32)
-        of_elements += (x32 != 0).to(tl.int32) << 8
-        of_elements += flushed.to(tl.int32) << 16
-        of_elements += saturated.to(tl.int32) << 24
+            # From here on an element that is not counted is zero in x and q.
+            x32, q32 = tl.where(counted, x32, 0.0), tl.where(counted, q32, 0.0)
+            magnitude = tl.abs(x32)
+            x64, q64 = x32.to(tl.float64), q32.to(tl.float64)
+            e = q64 - x64
+            abs_e, squared = tl.abs(e), e * e
+            xx += x64 * x64
+            ee += squared
+            qq += q64 * q64
+            sum_abs_e += abs_e
+            sum_e += e
+            is_larger = magnitude > largest_counted  # the first one, where alike
+            largest_counted = tl.where(is_larger, magnitude, largest_counted)
+            of_max = tl.where(is_larger, squared, of_max)
+            nonzero += (x32 != 0).to(tl.int32)
+            flushed += ((x32 != 0) & (q32 == 0)).to(tl.int32)
+            saturated += (magnitude > limit).to(tl.int32)
+            max_abs_e = tl.maximum(max_abs_e, abs_e)
+            relative = abs_e / tl.where(x32 != 0, magnitude, 1.0).to(tl.float64)
+            max_rel_e = tl.maximum(max_rel_e, tl.where(x32 != 0, relative, 0.0))
 
-        # Blocks.
-        block_xx, block_ee = tl.sum(xx, axis=1), tl.sum(ee, axis=1)
+            # Divided, not multiplied by a reciprocal: the sawtooth has its teeth on edges of bins.
+            quotient = magnitude.to(tl.float64) / step
+            bin = tl.minimum(quotient * INVERSE_WIDTH, QUOTIENT_BINS).to(tl.int32)
+            usable_here = counted & usable
+            in_steps = e * per_step
+            outward = tl.where(x32 > 0, in_steps, -in_steps)
+            wrong = usable_here & (e != 0)
+            tl.atomic_add(sums + QUOTIENT_E + bin, outward, mask=wrong & (x32 != 0), sem="relaxed")
+            tl.atomic_add(sums + QUOTIENT_EE + bin, in_steps * in_steps, mask=wrong, sem="relaxed")
+            if COUNTED_AT_ONCE:
+                quotient_counts += tl.histogram(tl.where(usable_here, bin, 127), 128)
+            else:
+                tl.atomic_add(counts + QUOTIENTS + bin, 1, mask=usable_here, sem="relaxed")
+
+        nonfinite += tl.where(inside, BLOCK - finite_count, 0)
         largest_amax = tl.maximum(largest_amax, amax)
-        is_largest = magnitude == tl.max(magnitude, axis=1)[:, None]
-        first_largest = tl.min(tl.where(is_largest, lane, BLOCK), axis=1)
-        of_max = tl.sum(tl.where(lane == first_largest[:, None], ee, 0.0), axis=1)
         ee_max += tl.where(s == 0, 0.0, of_max)
-        ee_other += tl.where(s == 0, 0.0, block_ee - of_max)
-        ee_zero += tl.where(s == 0, block_ee, 0.0)
+        ee_other += tl.where(s == 0, 0.0, ee - of_max)
+        ee_zero += tl.where(s == 0, ee, 0.0)
         amax_bin = _amax_bin(amax, FIRST_EXPONENT)
         tl.atomic_add(counts + AMAX_BLOCKS + amax_bin, 1, mask=inside, sem="relaxed")
         tl.atomic_add(counts + AMAX_LOST + amax_bin, lost, mask=lost > 0, sem="relaxed")
-        tl.atomic_add(sums + AMAX_XX + amax_bin, block_xx, mask=block_xx > 0, sem="relaxed")
-        tl.atomic_add(sums + AMAX_EE + amax_bin, block_ee, mask=block_ee > 0, sem="relaxed")
-        qsnr_bin = _qsnr_bin(block_xx, block_ee, lost, qsnr_edges, QSNR_COUNT)
+        tl.atomic_add(sums + AMAX_XX + amax_bin, xx, mask=xx > 0, sem="relaxed")
+        tl.atomic_add(sums + AMAX_EE + amax_bin, ee, mask=ee > 0, sem="relaxed")
+        qsnr_bin = _qsnr_bin(xx, ee, lost, qsnr_edges, QSNR_COUNT)
         tl.atomic_add(counts + BLOCK_QSNR + qsnr_bin, 1, mask=inside, sem="relaxed")
-        has_crest = (amax > 0) & (tl.sum(finite.to(tl.int32), axis=1) == BLOCK)
+        tl.atomic_add(counts + SCALES + scale, 1, mask=inside, sem="relaxed")
+        has_crest = (amax > 0) & (finite_count == BLOCK)
         crest = amax.to(tl.float64) / tl.sqrt(tl.where(has_crest, power, 1.0) / BLOCK)
-        crest_bin = tl.minimum(tl.maximum((crest - CREST_FROM) * CREST_PER_UNIT, 0), CREST_COUNT - 1)
-        crest_sum += tl.where(has_crest, crest, 0.0)
-        tl.atomic_add(
-            counts + CREST_COUNTS + crest_bin.to(tl.int32), 1, mask=has_crest, sem="relaxed"
-        )
-        if scale_values is None:
-            scale_bin = tl.where(s == 0, 0, tl.where(s == s, 2, 1))
-        else:
-            scale_bin = scale
-        tl.atomic_add(counts + SCALES + scale_bin, 1, mask=inside, sem="relaxed")
-
-        # Codes, and the quotients |x| / (s g) with the errors in steps of s g.
-        code_counts += tl.histogram(
-            tl.reshape(tl.where(inside[:, None], code, CODE_BINS - 1), [BLOCKS * BLOCK]), CODE_BINS
-        )
-        step = tl.abs(s.to(tl.float64) * outer.to(tl.float64))
-        usable = (step > 0) & (step < INFINITY)
-        step = tl.where(usable, step, 1.0)[:, None]
-        # Divided, not multiplied by a reciprocal: teeth of the sawtooth lie on edges of bins.
-        quotient_bin = tl.minimum(
-            magnitude.to(tl.float64) / step * INVERSE_WIDTH, QUOTIENT_BINS
-        ).to(tl.int32)
-        in_bin = counted & usable[:, None]
-        steps = e * (1.0 / step)
-        quotient_counts += tl.histogram(
-            tl.reshape(tl.where(in_bin, quotient_bin, 127), [BLOCKS * BLOCK]), 128
-        )
-        outward = tl.where(x32 > 0, steps, -steps)
-        nonzero_e = in_bin & (e != 0)
-        tl.atomic_add(
-            sums + QUOTIENT_E + quotient_bin, outward, mask=nonzero_e & (x32 != 0), sem="relaxed"
-        )
-        tl.atomic_add(
-            sums + QUOTIENT_EE + quotient_bin, steps * steps, mask=nonzero_e, sem="relaxed"
-        )
+        crest_bin = (crest - CREST_FROM) * CREST_PER_UNIT
+        crest_bin = tl.minimum(tl.maximum(crest_bin, 0.0), CREST_COUNT - 1).to(tl.int32)
+        sum_crest += tl.where(has_crest, crest, 0.0)
+        tl.atomic_add(counts + CREST_COUNTS + crest_bin, 1, mask=has_crest, sem="relaxed")
 
         # The row, and its worst block: most elements lost, then the largest error.
         tile = row * runs + run
         most_lost = tl.max(lost, axis=0)
-        tl.store(row_xx + tile, tl.sum(block_xx, axis=0))
-        tl.store(row_ee + tile, tl.sum(block_ee, axis=0))
+        tl.store(row_xx + tile, tl.sum(xx, axis=0))
+        tl.store(row_ee + tile, tl.sum(ee, axis=0))
         tl.store(row_lost + tile, tl.sum(lost, axis=0))
         tl.store(tile_lost + tile, most_lost)
-        tl.store(tile_ee + tile, tl.max(tl.where(lost == most_lost, block_ee, 0.0), axis=0))
+        tl.store(tile_ee + tile, tl.max(tl.where(lost == most_lost, ee, 0.0), axis=0))
 
-    width = blocks_in_row.to(tl.int64) * BLOCK
-    channel = channels + block[:, None].to(tl.int64) * BLOCK + lane
-    tl.atomic_add(channel, channel_xx, mask=inside[:, None], sem="relaxed")
-    tl.atomic_add(channel + width, channel_ee, mask=inside[:, None], sem="relaxed")
-    tl.atomic_add(channel + 2 * width, channel_xq, mask=inside[:, None], sem="relaxed")
-
-    tl.atomic_add(sums + SUM_OF_ELEMENTS, _sum_of_all(qq), sem="relaxed")
-    tl.atomic_add(sums + SUM_OF_ELEMENTS + 1, _sum_of_all(abs_sum), sem="relaxed")
-    tl.atomic_add(sums + SUM_OF_ELEMENTS + 2, _sum_of_all(e_sum), sem="relaxed")
+    tl.atomic_add(sums + SUM_OF_ELEMENTS, tl.sum(qq, axis=0), sem="relaxed")
+    tl.atomic_add(sums + SUM_OF_ELEMENTS + 1, tl.sum(sum_abs_e, axis=0), sem="relaxed")
+    tl.atomic_add(sums + SUM_OF_ELEMENTS + 2, tl.sum(sum_e, axis=0), sem="relaxed")
     tl.atomic_add(sums + SUM_OF_BLOCKS, tl.sum(ee_max, axis=0), sem="relaxed")
     tl.atomic_add(sums + SUM_OF_BLOCKS + 1, tl.sum(ee_other, axis=0), sem="relaxed")
     tl.atomic_add(sums + SUM_OF_BLOCKS + 2, tl.sum(ee_zero, axis=0), sem="relaxed")
-    tl.atomic_add(sums + SUM_OF_BLOCKS + 3, tl.sum(crest_sum, axis=0), sem="relaxed")
-    for which in tl.static_range(4):
-        number = _sum_of_all((of_elements >> (8 * which)) & 255)
-        tl.atomic_add(counts + COUNT_OF_ELEMENTS + which, number, sem="relaxed")
-    tl.atomic_add(counts + CODES + tl.arange(0, CODE_BINS), code_counts, sem="relaxed")
-    tl.atomic_add(counts + QUOTIENTS + tl.arange(0, 128), quotient_counts, sem="relaxed")
+    tl.atomic_add(sums + SUM_OF_BLOCKS + 3, tl.sum(sum_crest, axis=0), sem="relaxed")
+    tl.atomic_add(counts + COUNT_OF_ELEMENTS, tl.sum(nonfinite, axis=0), sem="relaxed")
+    tl.atomic_add(counts + COUNT_OF_ELEMENTS + 1, tl.sum(nonzero, axis=0), sem="relaxed")
+    tl.atomic_add(counts + COUNT_OF_ELEMENTS + 2, tl.sum(flushed, axis=0), sem="relaxed")
+    tl.atomic_add(counts + COUNT_OF_ELEMENTS + 3, tl.sum(saturated, axis=0), sem="relaxed")
+    if COUNTED_AT_ONCE:
+        tl.atomic_add(counts + QUOTIENTS + tl.arange(0, 128), quotient_counts, sem="relaxed")
 
     # float64 numbers from 0 up are ordered as their bits are.
-    _raise(largest, tl.max(tl.max(max_abs, axis=1), axis=0))
-    _raise(largest + 1, tl.max(tl.max(max_rel, axis=1), axis=0))
+    _raise(largest, tl.max(max_abs_e, axis=0))
+    _raise(largest + 1, tl.max(max_rel_e, axis=0))
     _raise(largest + 2, tl.max(largest_amax, axis=0).to(tl.float64))
-
-
-@triton.jit
-def _sum_of_all(tile):
-    return tl.sum(tl.sum(tile, axis=1), axis=0)
 
 
 @triton.jit
@@ -309,24 +323,28 @@ def _describe(
 ):  # fmt: skip
     """Program i writes what is told of worst blocks, of every block of the i-th of `tiles`."""
     tile = tl.load(tiles + tl.program_id(0))
-    row, run = tile // runs, tile % runs
-    block = (run * BLOCKS).to(tl.int32) + tl.arange(0, BLOCKS)
-    values, code, scale, s, outer = _load_tile(
-        x, codes, stored, g, scale_values, row, block, blocks_in_row,
-        row_stride, column_stride, g_stride, BLOCK, PACKED,
-    )  # fmt: skip
-    decoded = _decode(tl.load(element_values + code), s[:, None], outer)
-    finite, counted = _masks(values, decoded, block < blocks_in_row)
-    x64 = tl.where(counted, values, 0.0).to(tl.float64)
-    e = tl.where(counted, decoded, 0.0).to(tl.float64) - x64
-
-    at = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    tl.store(lost_out + at, tl.sum((finite & (counted == 0)).to(tl.int32), axis=1))
-    tl.store(ee_out + at, tl.sum(e * e, axis=1))
-    tl.store(amax_out + at, tl.max(tl.where(finite, tl.abs(values), 0.0), axis=1))
-    tl.store(x_out + at[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], values)
-
-
+    row, block = tile // runs, tile % runs * BLOCKS + tl.arange(0, BLOCKS)
+    place, inside = row * blocks_in_row + block, block < blocks_in_row
+    _, s = _load_scale(stored, scale_values, place, inside)
+    outer = tl.load(g + row * g_stride)
+    ee = tl.zeros([BLOCKS], tl.float64)
+    amax = tl.zeros([BLOCKS], tl.float32)
+    lost = tl.zeros([BLOCKS], tl.int32)
+    slot = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    for lane in tl.range(0, BLOCK):
+        at = row * row_stride + (block * BLOCK + lane) * column_stride
+        x32, code = _load_element(x, codes, at, place * BLOCK + lane, inside, PACKED)
+        q32 = _decode(tl.load(element_values + code), s, outer)
+        finite, counted = _masks(x32, q32, inside)
+        x64 = tl.where(counted, x32, 0.0).to(tl.float64)
+        e = tl.where(counted, q32, 0.0).to(tl.float64) - x64
+        ee += e * e
+        amax = tl.maximum(amax, tl.where(finite, tl.abs(x32), 0.0))
+        lost += (finite & (counted == 0)).to(tl.int32)
+        tl.store(x_out + slot * BLOCK + lane, x32)
+    tl.store(lost_out + slot, lost)
+    tl.store(ee_out + slot, ee)
+    tl.store(amax_out + slot, amax)
 
 
 @dataclass(frozen=True, eq=False)
@@ -367,7 +385,7 @@ class Piece:
 
     def cut(self) -> tuple[int, int, int]:
         """Blocks in a row, in a tile, and tiles in a row."""
-        in_tile = min(TILE // self.block, triton.next_power_of_2(self.blocks_in_row))
+        in_tile = min(BLOCKS, triton.next_power_of_2(self.blocks_in_row))
         return self.blocks_in_row, in_tile, triton.cdiv(self.blocks_in_row, in_tile)
 
     def constants(self) -> dict:
@@ -375,9 +393,9 @@ class Piece:
 
 
 def count(piece: Piece, qsnr_edges: torch.Tensor, constants: dict) -> Totals:
-    """One launch over the piece, on the current device.
+    """Two launches over the piece, on the current device.
 
-    qsnr_edges: float64 [127], rising. constants: those of the kernel that say where bins are.
+    qsnr_edges: float64 [127], rising. constants: those of `_count_blocks` that say where bins are.
     """
     rows, width = piece.x.shape
     in_row, in_tile, runs = piece.cut()
@@ -391,12 +409,23 @@ def count(piece: Piece, qsnr_edges: torch.Tensor, constants: dict) -> Totals:
         tiles[0], tiles[1], lost[0], tiles[2], lost[1],
         channels.view(3, width), sums.view(COPIES, -1), counts, largest.view(torch.int64),
     )  # fmt: skip
-    at_once = min(MOST_ROWS, triton.cdiv(rows * runs, PROGRAMS))
-    _count[(runs * triton.cdiv(rows, at_once),)](
-        *vars(piece).values(), qsnr_edges, *vars(totals).values(),
-        runs, rows, at_once, in_row, *piece.x.stride(), int(len(piece.g) > 1),
-        BLOCKS=in_tile, COPIES=COPIES, **piece.constants(), **constants,
-        num_warps=WARPS, enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
+    code_bins = 512 if len(piece.element_values) > 16 else 32  # one more than there are codes
+    strides = (*piece.x.stride(), int(len(piece.g) > 1))
+    options: dict = {"enable_fp_fusion": False}
+    channel_runs = triton.cdiv(width, CHANNELS)
+    at_once = triton.cdiv(rows * channel_runs, PROGRAMS)
+    _count_channels[(channel_runs * triton.cdiv(rows, at_once),)](
+        *vars(piece).values(), totals.channels, totals.counts,
+        channel_runs, rows, at_once, in_row, *strides, SIZE=CHANNELS, COPIES=COPIES,
+        **piece.constants(), CODE_BINS=code_bins, num_warps=4, **options,
+    )  # fmt: skip
+    at_once = triton.cdiv(rows * runs, PROGRAMS)
+    of_blocks = [part for name, part in vars(totals).items() if name != "channels"]
+    _count_blocks[(runs * triton.cdiv(rows, at_once),)](
+        *vars(piece).values(), qsnr_edges, *of_blocks,
+        runs, rows, at_once, in_row, *strides, BLOCKS=in_tile, COPIES=COPIES,
+        **piece.constants(), **constants, COUNTED_AT_ONCE=COUNTED_AT_ONCE, UNROLL=UNROLL,
+        num_warps=triton.cdiv(in_tile, 32), **options,
     )  # fmt: skip
     return totals
 
@@ -414,7 +443,7 @@ def describe(piece: Piece, tiles: torch.Tensor) -> tuple[torch.Tensor, ...]:
         *vars(piece).values(), tiles, lost, ee, amax, x,
         runs, in_row, *piece.x.stride(), int(len(piece.g) > 1),
         BLOCKS=in_tile, **piece.constants(),
-        num_warps=WARPS, enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
+        num_warps=triton.cdiv(in_tile, 32), enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     block = (tiles % runs)[:, None] * in_tile + torch.arange(in_tile, device=device)
     index = (tiles // runs)[:, None] * in_row + block

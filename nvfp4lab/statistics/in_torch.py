@@ -28,8 +28,10 @@ def count(
     last: tuple[int, float] | None = None,
 ) -> Counted:
     """x: [rows, k] or its blocks [n, block]; codes uint8 [n, block]; stored scales [n]; g: outer
-    decode scale None, () or [n, 1]. last: the elements lost and the error of the last of the worst
+    decode scale None, () or [rows, 1]. last: the elements lost and the error of the last of the worst
     blocks so far, if they are all found: a block that is no worse is not among the candidates."""
+    if g is not None and g.ndim:  # to each block
+        g = g.expand(piece.rows, len(stored) // piece.rows).reshape(-1, 1)
     view = _View(recipe, x.reshape(codes.shape).float(), codes, stored, g)
     integers, floats = _counts_and_sums(view)
     channels = [part.view(piece.rows, -1).sum(0) for part in (view.xx, view.ee, view.xq)]

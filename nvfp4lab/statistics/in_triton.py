@@ -38,13 +38,11 @@ def count(
     last: tuple[int, float] | None = None,
 ) -> Counted:
     """x: [rows, k] of any dtype and strides, or its blocks [n, block]; codes uint8 [n, block] or
-    two to a byte [n, block / 2]; stored scales [n]; g: outer decode scale None, () or [n, 1]."""
+    two to a byte [n, block / 2]; stored scales [n]; g: outer decode scale None, () or [rows, 1]."""
     from nvfp4lab.kernels import errors as kernel
 
     elements, scale = recipe.elements.format, recipe.scale.format
-    outer = torch.ones(1, device=x.device) if g is None else g.reshape(-1)
-    if len(outer) > 1:
-        outer = outer.view(piece.rows, -1)[:, 0].contiguous()
+    outer = torch.ones(1, device=x.device) if g is None else g.reshape(-1).contiguous()
     given = kernel.Piece(
         x if len(x) == piece.rows else x.view(piece.rows, -1),
         codes,
@@ -83,7 +81,9 @@ def count(
         "amax": amax,
         "scale_code": coded,
         "scale": stored[index] if scale is None else scale.decode(stored[index]),
-        "outer": torch.full_like(amax, math.nan) if g is None else outer.expand(piece.rows)[index // given.blocks_in_row],
+        "outer": torch.full_like(amax, math.nan)
+        if g is None
+        else outer.expand(piece.rows)[index // given.blocks_in_row],
         "x": blocks,
     }
     largest = dict(zip(kernel.LARGEST, totals.largest.view(torch.float64), strict=True))
@@ -117,7 +117,6 @@ def _fields(copies: torch.Tensor, starts: dict[str, int]) -> dict[str, torch.Ten
 def _constants(elements: Format) -> dict:
     """Where the kernel puts what, besides its layout: the numbers of `bins`."""
     return {
-        "CODE_BINS": 512 if elements.bits == 8 else 32,  # a power of two, with one to drop into
         "LARGEST_ELEMENT": elements.max,
         "INVERSE_WIDTH": 1 / bins.quotient_width(elements.max),
         "QUOTIENT_BINS": bins.QUOTIENT_BINS,

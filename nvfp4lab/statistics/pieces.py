@@ -32,4 +32,3 @@ class Counted:
     rows: list[torch.Tensor]  # [rows] each: xx and ee float64, lost int64
     channels: list[torch.Tensor]  # float64 [k] each: xx, ee, xq
     worst: dict[str, torch.Tensor]  # candidates for the worst blocks, in columns of WORST
-

@@ -51,7 +51,7 @@ class Tally:
         g: torch.Tensor | None,
     ) -> None:
         """One piece: x [rows, k] or its blocks [n, block], their codes uint8 [n, block], or two to
-        a byte for `in_triton`; stored scales [n], outer decode scale None, () or [n, 1]."""
+        a byte for `in_triton`; stored scales [n], outer decode scale None, () or [rows, 1]."""
         if not len(stored):
             return
         counted = self._count(piece, x, codes, stored, g, self.recipe, self._last_kept())
@@ -77,7 +77,9 @@ class Tally:
     def statistics(self) -> Statistics:
         """What was added up so far."""
         self._merge_candidates()
-        floats = {n: t + self._errors[n] if n in self._errors else t for n, t in self._floats.items()}
+        floats = {
+            n: t + self._errors[n] if n in self._errors else t for n, t in self._floats.items()
+        }
         values = {**_fetched(self._integers), **_fetched(floats | self._largest), **self._known}
         fmt = self.recipe.scale.format
         if fmt is not None and "scale_codes" in values:
@@ -127,6 +129,8 @@ def _fetched(fields: dict[str, torch.Tensor]) -> dict:
     """Numbers and arrays of tensors of one dtype, in one transfer from where they are."""
     if not fields:
         return {}
-    flat = torch.cat([f.reshape(-1).to(next(iter(fields.values())).device) for f in fields.values()])
+    flat = torch.cat(
+        [f.reshape(-1).to(next(iter(fields.values())).device) for f in fields.values()]
+    )
     parts = np.split(flat.cpu().numpy(), np.cumsum([f.numel() for f in fields.values()])[:-1])
     return {n: p if fields[n].ndim else p.item() for n, p in zip(fields, parts, strict=True)}
