@@ -124,7 +124,7 @@ def _qsnr_bin(xx, ee, lost, edges, QSNR_COUNT: tl.constexpr):
     return tl.where(lost == 0, QSNR_COUNT - 2 - below, QSNR_COUNT - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "rows", "rows_at_once", "blocks_in_row"])
 def _count_channels(
     x, codes, stored, g, element_values, scale_values, channels, counts,
     runs, rows, rows_at_once, blocks_in_row, row_stride, column_stride, g_stride,
@@ -136,7 +136,7 @@ def _count_channels(
     Added to channels, float64 [3, K], and how often each code occurs to counts [COPIES, size].
     """
     counts += (tl.program_id(0) % COPIES) * COUNTS_SIZE
-    width = blocks_in_row.to(tl.int64) * BLOCK
+    width = blocks_in_row * BLOCK
     channel = (tl.program_id(0) % runs).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = channel < width
     sum_xx = tl.zeros([SIZE], tl.float64)
@@ -144,7 +144,7 @@ def _count_channels(
     code_counts = tl.zeros([CODE_BINS], tl.int32)
 
     first_row = (tl.program_id(0) // runs).to(tl.int64) * rows_at_once
-    for row_in_run in range(0, tl.minimum(rows_at_once, rows - first_row)):
+    for row_in_run in range(tl.minimum(rows_at_once, rows - first_row)):
         row = first_row + row_in_run
         at, place = row * row_stride + channel * column_stride, row * width + channel
         x32, code = _load_element(x, codes, at, place, inside, PACKED)
@@ -165,7 +165,7 @@ def _count_channels(
     tl.atomic_add(counts + CODES + tl.arange(0, CODE_BINS), code_counts, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "rows", "rows_at_once", "blocks_in_row"])
 def _count_blocks(
     x, codes, stored, g, element_values, scale_values, qsnr_edges,
     row_xx, row_ee, row_lost, tile_ee, tile_lost, sums, counts, largest,
@@ -196,7 +196,7 @@ def _count_blocks(
     quotient_counts = tl.zeros([128], tl.int32)
 
     first_row = (tl.program_id(0) // runs).to(tl.int64) * rows_at_once
-    for row_in_run in range(0, tl.minimum(rows_at_once, rows - first_row)):
+    for row_in_run in range(tl.minimum(rows_at_once, rows - first_row)):
         row = first_row + row_in_run
         place = row * blocks_in_row + block
         scale, s = _load_scale(stored, scale_values, place, inside)
@@ -315,7 +315,7 @@ def _raise(largest, value):
     tl.atomic_max(largest, value.to(tl.int64, bitcast=True), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "blocks_in_row"])
 def _describe(
     x, codes, stored, g, element_values, scale_values, tiles, lost_out, ee_out, amax_out, x_out,
     runs, blocks_in_row, row_stride, column_stride, g_stride,
