@@ -4,5 +4,6 @@
 numerics.py   encoders and decoders as Triton functions
 staging.py    ours: the staging kernel for `nvfp4` and `nvfp4-token`
 seed.py       the user's kernel and launcher, kept as written
-errors.py     counts and sums of the error
+errors.py     what the error of a tensor is made of, counted and added up
+counting.py   launches of errors.py
 """

@@ -1,70 +1,71 @@
-"""The errors of a piece of a tensor: one pass over x and its codes, every sum in float64.
+"""The error of a tensor against its codes, as Triton functions: each element seen, sums in float64.
 
-Read from the bottom: `count` launches `_count`, in which a program takes a run of blocks through a
-run of rows, a tile of one row at a time; `describe` writes out the blocks of single tiles. What is
-counted is said in `statistics.contents`, the bins are those of `statistics.bins`;
-`statistics.in_triton` hands in tables and takes the totals apart by SUMS and COUNTS.
+`_count_blocks` and `_count_channels` add up the fields of `statistics.contents`, `_describe` writes
+out single blocks; `counting` launches them. Bins are those of `statistics.bins`. In all three an
+element is decoded by `_decode` and left out by `_masks`.
 
-Totals go by atomics to one of COPIES private copies: Triton adds nothing in shared memory, and in a
-single copy all programs would wait for the same few bins. No product is fused with a sum, so that
-what torch rounds is rounded here too, and sums of x^2 and e^2 that are equal stay equal.
+Totals go by atomics to one of several private copies: Triton adds nothing in shared memory, and in
+a single copy all programs would wait for the same few bins. Launched so that no product is fused
+with a sum: what torch rounds is rounded here, and sums of x^2 and e^2 that are equal stay equal.
 """
 
-from __future__ import annotations
+# pyright: reportGeneralTypeIssues=false
 
-from dataclasses import dataclass
+import itertools
 
-import torch
 import triton
 import triton.language as tl
 
-COPIES = 512
-BLOCKS = 64  # blocks of a row that a program works on together, one for each thread
-CHANNELS = 512  # the same of channels
-PROGRAMS = 4096  # a launch has about as many, however many rows there are
-COUNTED_AT_ONCE = False  # quotients: by `tl.histogram`, or each by an atomic
-UNROLL = 2  # elements of a block in a turn of the loop
-
 FLOAT32_MAX, INFINITY = tl.constexpr(3.4028234663852886e38), tl.constexpr(float("inf"))
-FLOAT64_EXPONENT = tl.constexpr(1022)  # of frexp: what an exponent field is larger by
-
-# Where each part of a copy of the totals begins: float64 sums, then int32 counts.
-QUOTIENT_E, QUOTIENT_EE, AMAX_XX, AMAX_EE, SUM_OF_ELEMENTS, SUM_OF_BLOCKS, SUMS_SIZE = (
-    tl.constexpr(start) for start in (0, 128, 256, 768, 1280, 1283, 1287)
-)
-(
-    QUOTIENTS, CODES, SCALES, AMAX_BLOCKS, AMAX_LOST, BLOCK_QSNR, CREST_COUNTS, COUNT_OF_ELEMENTS,
-    COUNTS_SIZE,
-) = (
-    tl.constexpr(start) for start in (0, 128, 640, 896, 1408, 1920, 2048, 2176, 2180)
-)  # fmt: skip
-SUMS = {
-    "quotient_e": QUOTIENT_E.value,
-    "quotient_ee": QUOTIENT_EE.value,
-    "amax_xx": AMAX_XX.value,
-    "amax_ee": AMAX_EE.value,
-    "sum_qq": SUM_OF_ELEMENTS.value,
-    "sum_abs_e": SUM_OF_ELEMENTS.value + 1,
-    "sum_e": SUM_OF_ELEMENTS.value + 2,
-    "sum_ee_max": SUM_OF_BLOCKS.value,
-    "sum_ee_other": SUM_OF_BLOCKS.value + 1,
-    "sum_ee_zero_scale": SUM_OF_BLOCKS.value + 2,
-    "sum_crest": SUM_OF_BLOCKS.value + 3,
-}
-COUNTS = {
-    "quotient_elements": QUOTIENTS.value,
-    "element_codes": CODES.value,
-    "scales": SCALES.value,  # by code; float32 ones: zero, NaN, neither
-    "amax_blocks": AMAX_BLOCKS.value,
-    "amax_lost": AMAX_LOST.value,
-    "block_qsnr": BLOCK_QSNR.value,
-    "crest_counts": CREST_COUNTS.value,
-    "nonfinite_input": COUNT_OF_ELEMENTS.value,
-    "nonzero": COUNT_OF_ELEMENTS.value + 1,
-    "flushed": COUNT_OF_ELEMENTS.value + 2,
-    "saturated": COUNT_OF_ELEMENTS.value + 3,
-}
+FLOAT64_EXPONENT = tl.constexpr(1022)  # what an exponent field is larger by than frexp's exponent
+QUOTIENTS = tl.constexpr(128)  # room for their bins, and one to drop into
 LARGEST = ("max_abs_e", "max_rel_e", "amax")
+
+
+def _starts(room: dict[str, int]) -> dict[str, int]:
+    """Where each part of a copy of the totals begins, and its size."""
+    return dict(zip([*room, "size"], itertools.accumulate(room.values(), initial=0), strict=True))
+
+
+SUMS = _starts(  # float64
+    {
+        "quotient_e": QUOTIENTS.value,
+        "quotient_ee": QUOTIENTS.value,
+        "amax_xx": 512,
+        "amax_ee": 512,
+        "sum_qq": 1,
+        "sum_abs_e": 1,
+        "sum_e": 1,
+        "sum_ee_max": 1,
+        "sum_ee_other": 1,
+        "sum_ee_zero_scale": 1,
+        "sum_crest": 1,
+    }
+)
+COUNTS = _starts(  # int32
+    {
+        "quotient_elements": QUOTIENTS.value,
+        "element_codes": 512,  # 256 codes, and one to drop into
+        "scales": 256,  # by code; float32 ones: zero, NaN, neither
+        "amax_blocks": 512,
+        "amax_lost": 512,
+        "block_qsnr": 128,
+        "crest_counts": 128,
+        "nonfinite_input": 1,
+        "nonzero": 1,
+        "flushed": 1,
+        "saturated": 1,
+    }
+)
+SUMS_SIZE, COUNTS_SIZE = tl.constexpr(SUMS["size"]), tl.constexpr(COUNTS["size"])
+QUOTIENT_E, QUOTIENT_EE = tl.constexpr(SUMS["quotient_e"]), tl.constexpr(SUMS["quotient_ee"])
+AMAX_XX, AMAX_EE = tl.constexpr(SUMS["amax_xx"]), tl.constexpr(SUMS["amax_ee"])
+SUM_QQ = tl.constexpr(SUMS["sum_qq"])  # the other numbers follow
+QUOTIENT_COUNTS = tl.constexpr(COUNTS["quotient_elements"])
+CODES, SCALES = tl.constexpr(COUNTS["element_codes"]), tl.constexpr(COUNTS["scales"])
+AMAX_BLOCKS, AMAX_LOST = tl.constexpr(COUNTS["amax_blocks"]), tl.constexpr(COUNTS["amax_lost"])
+BLOCK_QSNR, CREST_COUNTS = tl.constexpr(COUNTS["block_qsnr"]), tl.constexpr(COUNTS["crest_counts"])
+NONFINITE = tl.constexpr(COUNTS["nonfinite_input"])  # the other numbers follow
 
 
 @triton.jit
@@ -91,7 +92,11 @@ def _load_scale(stored, scale_values, place, inside):
 @triton.jit
 def _load_element(x, codes, at, place, inside, PACKED: tl.constexpr):
     """x at `at` as float32, and the code of the element `place`, counted row-major, as int32."""
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + at, mask=inside, other=0.0)
+    if x.dtype.element_ty == tl.bfloat16:  # by bits: the interpreter loses subnormals
+        value = (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        value = value.to(tl.float32)
     if PACKED:
         byte = tl.load(codes + place // 2, mask=inside, other=0).to(tl.int32)
         return value, (byte >> (place & 1).to(tl.int32) * 4) & 15
@@ -193,7 +198,7 @@ def _count_blocks(
     largest_amax = tl.zeros([BLOCKS], tl.float32)
     nonfinite = tl.zeros([BLOCKS], tl.int32)
     nonzero, flushed, saturated = nonfinite, nonfinite, nonfinite
-    quotient_counts = tl.zeros([128], tl.int32)
+    quotient_counts = tl.zeros([QUOTIENTS], tl.int32)
 
     first_row = (tl.program_id(0) // runs).to(tl.int64) * rows_at_once
     for row_in_run in range(tl.minimum(rows_at_once, rows - first_row)):
@@ -257,9 +262,11 @@ def _count_blocks(
             tl.atomic_add(sums + QUOTIENT_E + bin, outward, mask=wrong & (x32 != 0), sem="relaxed")
             tl.atomic_add(sums + QUOTIENT_EE + bin, in_steps * in_steps, mask=wrong, sem="relaxed")
             if COUNTED_AT_ONCE:
-                quotient_counts += tl.histogram(tl.where(usable_here, bin, 127), 128)
+                quotient_counts += tl.histogram(
+                    tl.where(usable_here, bin, QUOTIENTS - 1), QUOTIENTS
+                )
             else:
-                tl.atomic_add(counts + QUOTIENTS + bin, 1, mask=usable_here, sem="relaxed")
+                tl.atomic_add(counts + QUOTIENT_COUNTS + bin, 1, mask=usable_here, sem="relaxed")
 
         nonfinite += tl.where(inside, BLOCK - finite_count, 0)
         largest_amax = tl.maximum(largest_amax, amax)
@@ -290,19 +297,21 @@ def _count_blocks(
         tl.store(tile_lost + tile, most_lost)
         tl.store(tile_ee + tile, tl.max(tl.where(lost == most_lost, ee, 0.0), axis=0))
 
-    tl.atomic_add(sums + SUM_OF_ELEMENTS, tl.sum(qq, axis=0), sem="relaxed")
-    tl.atomic_add(sums + SUM_OF_ELEMENTS + 1, tl.sum(sum_abs_e, axis=0), sem="relaxed")
-    tl.atomic_add(sums + SUM_OF_ELEMENTS + 2, tl.sum(sum_e, axis=0), sem="relaxed")
-    tl.atomic_add(sums + SUM_OF_BLOCKS, tl.sum(ee_max, axis=0), sem="relaxed")
-    tl.atomic_add(sums + SUM_OF_BLOCKS + 1, tl.sum(ee_other, axis=0), sem="relaxed")
-    tl.atomic_add(sums + SUM_OF_BLOCKS + 2, tl.sum(ee_zero, axis=0), sem="relaxed")
-    tl.atomic_add(sums + SUM_OF_BLOCKS + 3, tl.sum(sum_crest, axis=0), sem="relaxed")
-    tl.atomic_add(counts + COUNT_OF_ELEMENTS, tl.sum(nonfinite, axis=0), sem="relaxed")
-    tl.atomic_add(counts + COUNT_OF_ELEMENTS + 1, tl.sum(nonzero, axis=0), sem="relaxed")
-    tl.atomic_add(counts + COUNT_OF_ELEMENTS + 2, tl.sum(flushed, axis=0), sem="relaxed")
-    tl.atomic_add(counts + COUNT_OF_ELEMENTS + 3, tl.sum(saturated, axis=0), sem="relaxed")
+    tl.atomic_add(sums + SUM_QQ, tl.sum(qq, axis=0), sem="relaxed")
+    tl.atomic_add(sums + SUM_QQ + 1, tl.sum(sum_abs_e, axis=0), sem="relaxed")
+    tl.atomic_add(sums + SUM_QQ + 2, tl.sum(sum_e, axis=0), sem="relaxed")
+    tl.atomic_add(sums + SUM_QQ + 3, tl.sum(ee_max, axis=0), sem="relaxed")
+    tl.atomic_add(sums + SUM_QQ + 4, tl.sum(ee_other, axis=0), sem="relaxed")
+    tl.atomic_add(sums + SUM_QQ + 5, tl.sum(ee_zero, axis=0), sem="relaxed")
+    tl.atomic_add(sums + SUM_QQ + 6, tl.sum(sum_crest, axis=0), sem="relaxed")
+    tl.atomic_add(counts + NONFINITE, tl.sum(nonfinite, axis=0), sem="relaxed")
+    tl.atomic_add(counts + NONFINITE + 1, tl.sum(nonzero, axis=0), sem="relaxed")
+    tl.atomic_add(counts + NONFINITE + 2, tl.sum(flushed, axis=0), sem="relaxed")
+    tl.atomic_add(counts + NONFINITE + 3, tl.sum(saturated, axis=0), sem="relaxed")
     if COUNTED_AT_ONCE:
-        tl.atomic_add(counts + QUOTIENTS + tl.arange(0, 128), quotient_counts, sem="relaxed")
+        tl.atomic_add(
+            counts + QUOTIENT_COUNTS + tl.arange(0, QUOTIENTS), quotient_counts, sem="relaxed"
+        )
 
     # float64 numbers from 0 up are ordered as their bits are.
     _raise(largest, tl.max(max_abs_e, axis=0))
@@ -345,106 +354,3 @@ def _describe(
     tl.store(lost_out + slot, lost)
     tl.store(ee_out + slot, ee)
     tl.store(amax_out + slot, amax)
-
-
-@dataclass(frozen=True, eq=False)
-class Totals:
-    """What `count` adds up of a piece of R rows, cut into tiles [R, runs]."""
-
-    row_xx: torch.Tensor  # float64 [R, runs]
-    row_ee: torch.Tensor
-    row_lost: torch.Tensor  # int32
-    tile_ee: torch.Tensor  # float64 [R, runs] of the tile's worst block
-    tile_lost: torch.Tensor  # int32
-    channels: torch.Tensor  # float64 [3, K]: xx, ee, xq
-    sums: torch.Tensor  # float64 [COPIES, .]: where what begins is in SUMS
-    counts: torch.Tensor  # int32 [COPIES, .]: in COUNTS
-    largest: torch.Tensor  # the bits of float64 [3]: LARGEST
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """x [R, K] of any strides, codes uint8 [n, block] or two to a byte [n, block / 2], stored
-    scales uint8 or float32 [n] and g float32 [1] or [R], with the value of each element code and of
-    each scale code (None for float32 scales); n blocks, row-major."""
-
-    x: torch.Tensor
-    codes: torch.Tensor
-    stored: torch.Tensor
-    g: torch.Tensor
-    element_values: torch.Tensor
-    scale_values: torch.Tensor | None
-
-    @property
-    def block(self) -> int:
-        return self.x.numel() // len(self.codes)
-
-    @property
-    def blocks_in_row(self) -> int:
-        return len(self.codes) // len(self.x)
-
-    def cut(self) -> tuple[int, int, int]:
-        """Blocks in a row, in a tile, and tiles in a row."""
-        in_tile = min(BLOCKS, triton.next_power_of_2(self.blocks_in_row))
-        return self.blocks_in_row, in_tile, triton.cdiv(self.blocks_in_row, in_tile)
-
-    def constants(self) -> dict:
-        return {"BLOCK": self.block, "PACKED": self.codes.shape[1] < self.block}
-
-
-def count(piece: Piece, qsnr_edges: torch.Tensor, constants: dict) -> Totals:
-    """Two launches over the piece, on the current device.
-
-    qsnr_edges: float64 [127], rising. constants: those of `_count_blocks` that say where bins are.
-    """
-    rows, width = piece.x.shape
-    in_row, in_tile, runs = piece.cut()
-    floats = {"dtype": torch.float64, "device": piece.x.device}
-    tiles = torch.empty(3, rows, runs, **floats)
-    lost = torch.empty(2, rows, runs, dtype=torch.int32, device=piece.x.device)
-    sums = torch.zeros(COPIES * SUMS_SIZE.value + 3 * width + 3, **floats)
-    sums, channels, largest = sums.split((COPIES * SUMS_SIZE.value, 3 * width, 3))
-    counts = torch.zeros(COPIES, COUNTS_SIZE.value, dtype=torch.int32, device=piece.x.device)
-    totals = Totals(
-        tiles[0], tiles[1], lost[0], tiles[2], lost[1],
-        channels.view(3, width), sums.view(COPIES, -1), counts, largest.view(torch.int64),
-    )  # fmt: skip
-    code_bins = 512 if len(piece.element_values) > 16 else 32  # one more than there are codes
-    strides = (*piece.x.stride(), int(len(piece.g) > 1))
-    options: dict = {"enable_fp_fusion": False}
-    channel_runs = triton.cdiv(width, CHANNELS)
-    at_once = triton.cdiv(rows * channel_runs, PROGRAMS)
-    _count_channels[(channel_runs * triton.cdiv(rows, at_once),)](
-        *vars(piece).values(), totals.channels, totals.counts,
-        channel_runs, rows, at_once, in_row, *strides, SIZE=CHANNELS, COPIES=COPIES,
-        **piece.constants(), CODE_BINS=code_bins, num_warps=4, **options,
-    )  # fmt: skip
-    at_once = triton.cdiv(rows * runs, PROGRAMS)
-    of_blocks = [part for name, part in vars(totals).items() if name != "channels"]
-    _count_blocks[(runs * triton.cdiv(rows, at_once),)](
-        *vars(piece).values(), qsnr_edges, *of_blocks,
-        runs, rows, at_once, in_row, *strides, BLOCKS=in_tile, COPIES=COPIES,
-        **piece.constants(), **constants, COUNTED_AT_ONCE=COUNTED_AT_ONCE, UNROLL=UNROLL,
-        num_warps=triton.cdiv(in_tile, 32), **options,
-    )  # fmt: skip
-    return totals
-
-
-def describe(piece: Piece, tiles: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Every block of the tiles int64 [m] (row * runs + run), [m, blocks of a tile]: which block of
-    the piece it is (beyond the row: -1), its lost elements, ee and amax, and x [m, ., block]."""
-    in_row, in_tile, runs = piece.cut()
-    shape, device = (len(tiles), in_tile), piece.x.device
-    lost = torch.empty(shape, dtype=torch.int32, device=device)
-    ee = torch.empty(shape, dtype=torch.float64, device=device)
-    amax = torch.empty(shape, device=device)
-    x = torch.empty(*shape, piece.block, device=device)
-    _describe[(len(tiles),)](
-        *vars(piece).values(), tiles, lost, ee, amax, x,
-        runs, in_row, *piece.x.stride(), int(len(piece.g) > 1),
-        BLOCKS=in_tile, **piece.constants(),
-        num_warps=triton.cdiv(in_tile, 32), enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
-    )  # fmt: skip
-    block = (tiles % runs)[:, None] * in_tile + torch.arange(in_tile, device=device)
-    index = (tiles // runs)[:, None] * in_row + block
-    return index.where(block < in_row, -1), lost, ee, amax, x

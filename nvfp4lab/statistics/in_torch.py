@@ -1,7 +1,7 @@
 """A piece of a tensor counted in torch: the reference, on any device, for every recipe.
 
-`count` gives the fields of `contents` for one piece, as `in_triton.count` does. To fill a new field,
-give it its line in `_counts_and_sums`, and in `in_triton`.
+`count` gives the fields of `contents` for one piece, as `in_triton.count` does. To fill a new
+field, give it its line in `_counts_and_sums`, and in `in_triton` and its kernel.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def count(
     last: tuple[int, float] | None = None,
 ) -> Counted:
     """x: [rows, k] or its blocks [n, block]; codes uint8 [n, block]; stored scales [n]; g: outer
-    decode scale None, () or [rows, 1]. last: the elements lost and the error of the last of the worst
-    blocks so far, if they are all found: a block that is no worse is not among the candidates."""
+    decode scale None, () or [rows, 1]. last: the elements lost and the error of the last of the
+    worst blocks so far, if there are enough: no block that is no worse is among the candidates."""
     if g is not None and g.ndim:  # to each block
         g = g.expand(piece.rows, len(stored) // piece.rows).reshape(-1, 1)
     view = _View(recipe, x.reshape(codes.shape).float(), codes, stored, g)

@@ -1,8 +1,8 @@
-"""A piece of a tensor counted by one kernel, on a GPU: what `in_torch.count` gives, without a wait.
+"""A piece of a tensor counted by kernels, on a GPU: what `in_torch.count` gives, without a wait.
 
-The kernel and its tables are `kernels.errors`; here its totals get the names of `contents`. Counts,
-histograms and largest values are those of `in_torch` to the bit, and so are the worst blocks but
-for the last bits of their ee; sums are added in another order.
+The kernels are in `kernels.errors`; here they get their tables, and their totals the names of
+`contents`. Counts, histograms and largest values are those of `in_torch` to the bit, and so are the
+worst blocks but for the last bits of their ee; sums are added in another order.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,13 +20,16 @@ from nvfp4lab.statistics import bins
 from nvfp4lab.statistics.merging import KEPT
 from nvfp4lab.statistics.pieces import Counted, Piece
 
+if TYPE_CHECKING:
+    from nvfp4lab.kernels import counting
+
 
 @functools.cache
 def takes(recipe: Recipe, device: torch.device) -> bool:
-    """Whether the kernel counts this recipe's errors there: its blocks are 8, 16, 32 ... long."""
+    """Whether the kernels count this recipe's errors there: blocks are a power of two, 2 or more."""
     block = recipe.scale.block
     has_kernel = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return has_kernel and 8 <= block <= 256 and block & (block - 1) == 0
+    return has_kernel and block > 1 and block & (block - 1) == 0
 
 
 def count(
@@ -39,55 +43,60 @@ def count(
 ) -> Counted:
     """x: [rows, k] of any dtype and strides, or its blocks [n, block]; codes uint8 [n, block] or
     two to a byte [n, block / 2]; stored scales [n]; g: outer decode scale None, () or [rows, 1]."""
-    from nvfp4lab.kernels import errors as kernel
+    from nvfp4lab.kernels import counting, errors
 
     elements, scale = recipe.elements.format, recipe.scale.format
-    outer = torch.ones(1, device=x.device) if g is None else g.reshape(-1).contiguous()
-    given = kernel.Piece(
+    given = counting.Piece(
         x if len(x) == piece.rows else x.view(piece.rows, -1),
         codes,
         stored,
-        outer,
+        torch.ones(1, device=x.device) if g is None else g.reshape(-1).contiguous(),
         _values(elements, x.device),
         None if scale is None else _values(scale, x.device),
     )
     with torch.cuda.device_of(x):
-        totals = kernel.count(given, _qsnr_edges(x.device), _constants(elements))
-        order = totals.tile_ee.flatten().argsort(descending=True, stable=True)
-        by_lost = totals.tile_lost.flatten()[order].argsort(descending=True, stable=True)
-        index, lost, ee, amax, blocks = kernel.describe(given, order[by_lost[:KEPT]])
-
-    counts, sums = _fields(totals.counts, kernel.COUNTS), _fields(totals.sums, kernel.SUMS)
+        totals = counting.count(given, _qsnr_edges(x.device), _constants(elements))
+        counts, sums = _fields(totals.counts, errors.COUNTS), _fields(totals.sums, errors.SUMS)
+        worst = _worst(piece, given, totals, recipe, g is not None)
     rows = [part.sum(1) for part in (totals.row_xx, totals.row_ee, totals.row_lost)]
-    channel_xx, channel_ee, channel_xq = totals.channels
+    sums |= {"sum_xx": rows[0].sum(), "sum_ee": rows[1].sum(), "sum_xq": totals.channels[2].sum()}
+    of_scales = counts.pop("scales")
+    by_class = dict(zip(("scale_zero", "scale_nan", "scale_normal"), of_scales, strict=False))
+    counts |= by_class if scale is None else {"scale_codes": of_scales}
     counts |= {
         "nonfinite_output": counts["amax_lost"].sum(),
         "crest_blocks": counts["crest_counts"].sum(),
         "element_codes": counts["element_codes"][: 2**elements.bits],
     }
-    of_scales = counts.pop("scales")
-    if scale is None:
-        zero, nan, other = of_scales[:3]
-        counts |= {"scale_zero": zero, "scale_nan": nan, "scale_normal": other}
-    else:
-        counts["scale_codes"] = of_scales
-    sums |= {"sum_xx": rows[0].sum(), "sum_ee": rows[1].sum(), "sum_xq": channel_xq.sum()}
-    coded = torch.full_like(index, -1) if scale is None else stored[index].long()
-    worst = {
-        "token": piece.row + index // given.blocks_in_row,
+    largest = {name: totals.largest.view(torch.float64)[i] for i, name in enumerate(errors.LARGEST)}
+    return Counted(counts, sums, largest, rows, list(totals.channels), worst)
+
+
+def _worst(
+    piece: Piece, given: counting.Piece, totals: counting.Totals, recipe: Recipe, has_outer: bool
+) -> dict[str, torch.Tensor]:
+    """Every block of the ten tiles with the worst blocks, in which the ten worst blocks are.
+
+    Of tiles that are alike the first ones are taken: each has such a block, and they come first.
+    """
+    from nvfp4lab.kernels import counting
+
+    order = totals.tile_ee.flatten().argsort(descending=True, stable=True)
+    by_lost = totals.tile_lost.flatten()[order].argsort(descending=True, stable=True)
+    index, lost, ee, amax, x = counting.describe(given, order[by_lost[:KEPT]])
+    row, stored, fmt = index // given.blocks_in_row, given.stored[index], recipe.scale.format
+    outer = given.g.expand(piece.rows)[row]
+    return {
+        "token": piece.row + row,
         "block": piece.block + index % given.blocks_in_row,
         "lost": lost,
         "ee": ee,
         "amax": amax,
-        "scale_code": coded,
-        "scale": stored[index] if scale is None else scale.decode(stored[index]),
-        "outer": torch.full_like(amax, math.nan)
-        if g is None
-        else outer.expand(piece.rows)[index // given.blocks_in_row],
-        "x": blocks,
+        "scale_code": torch.full_like(index, -1) if fmt is None else stored.long(),
+        "scale": stored if fmt is None else fmt.decode(stored),
+        "outer": outer if has_outer else torch.full_like(outer, math.nan),
+        "x": x,
     }
-    largest = dict(zip(kernel.LARGEST, totals.largest.view(torch.float64), strict=True))
-    return Counted(counts, sums, largest, rows, [channel_xx, channel_ee, channel_xq], worst)
 
 
 _SIZES = {
@@ -111,11 +120,12 @@ def _fields(copies: torch.Tensor, starts: dict[str, int]) -> dict[str, torch.Ten
     return {
         name: total[at : at + _SIZES[name]] if name in _SIZES else total[at]
         for name, at in starts.items()
+        if name != "size"
     }
 
 
 def _constants(elements: Format) -> dict:
-    """Where the kernel puts what, besides its layout: the numbers of `bins`."""
+    """What the kernels have to know of `bins` and of the largest element."""
     return {
         "LARGEST_ELEMENT": elements.max,
         "INVERSE_WIDTH": 1 / bins.quotient_width(elements.max),

@@ -109,7 +109,7 @@ class Tally:
         self._errors[name] = self._errors[name] + lost if name in self._errors else lost
 
     def _last_kept(self) -> tuple[int, float] | None:
-        """The lost elements and the error of the last of the worst blocks, if they are all there."""
+        """The lost elements and the error of the last of the worst blocks, if there are enough."""
         if len(self._worst["ee"]) < KEPT:
             return None
         return self._worst["lost"][-1].item(), self._worst["ee"][-1].item()
