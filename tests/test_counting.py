@@ -209,7 +209,7 @@ def test_amax_bins_are_those_of_bins_at_both_ends_of_every_binade(device):
 
 
 def test_qsnr_bins_are_those_of_bins_around_every_edge(device):
-    edge = torch.tensor(bins.NMSE_EDGES, dtype=torch.float64)
+    edge = bins.nmse_edges(torch.device("cpu"))
     up = torch.nextafter(edge, torch.full((), math.inf, dtype=torch.float64))
     down = torch.nextafter(edge, torch.zeros((), dtype=torch.float64))
     ee = torch.cat([edge, up, down, torch.tensor([0.0, 1e-300, 1e300, 1.0], dtype=torch.float64)])

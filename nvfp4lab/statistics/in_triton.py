@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def takes(recipe: Recipe, device: torch.device) -> bool:
-    """Whether the kernels count this recipe's errors there: blocks are a power of two, 2 or more."""
+    """Whether the kernels count this recipe's errors there: its block is a power of two."""
     block = recipe.scale.block
     has_kernel = device.type == "cuda" and importlib.util.find_spec("triton") is not None
     return has_kernel and block > 1 and block & (block - 1) == 0
@@ -145,7 +145,6 @@ def _values(fmt: Format, device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def _qsnr_edges(device: torch.device) -> torch.Tensor:
-    """`bins.NMSE_EDGES`, filled up with Inf to the 127 that a search in seven steps tells apart."""
-    edges = torch.full((127,), math.inf, dtype=torch.float64)
-    edges[: len(bins.NMSE_EDGES)] = torch.tensor(bins.NMSE_EDGES, dtype=torch.float64)
-    return edges.to(device)
+    """`bins.nmse_edges`, filled up with Inf to the 127 that a search in seven steps tells apart."""
+    edges = bins.nmse_edges(device)
+    return torch.nn.functional.pad(edges, (0, 127 - len(edges)), value=math.inf)
