@@ -58,17 +58,17 @@ class Tally:
         self._known["elements"] += x.numel()
         self._known["blocks"] += len(stored)
         for name, part in counted.integers.items():
-            self._integers[name] = self._integers.get(name, 0) + part
+            _take_in(self._integers, name, part, torch.add)
+        for name, part in counted.largest.items():
+            _take_in(self._largest, name, part, torch.maximum)
         for name, part in counted.floats.items():
             self._add_exactly(name, part)
-        for name, part in counted.largest.items():
-            self._largest[name] = torch.maximum(self._largest.get(name, part), part)
-        self._add_rows(piece, counted.rows)
         first = piece.block * self.recipe.scale.block
         for name, columns in zip(CHANNELS, counted.channels, strict=True):
-            missing = (self._start.width or 0) - first - len(columns)
-            padded = torch.nn.functional.pad(columns, (first, missing))
-            self._add_exactly(name, padded if first or missing else columns)
+            around = (first, (self._start.width or 0) - first - len(columns))
+            whole = torch.nn.functional.pad(columns, around) if any(around) else columns
+            self._add_exactly(name, whole)
+        self._add_rows(piece, counted.rows)
         if len(counted.worst["token"]):
             self._candidates.append(counted.worst)
         if x.device.type == "cpu":
@@ -95,7 +95,7 @@ class Tally:
             index = bins.qsnr_bin(*rows)
             counts = torch.zeros(bins.QSNR_COUNT, dtype=torch.int64, device=index.device)
             counts.index_add_(0, index, torch.ones_like(index))
-            self._integers["token_qsnr"] = self._integers.get("token_qsnr", 0) + counts
+            _take_in(self._integers, "token_qsnr", counts, torch.add)
             self._known["tokens"] += piece.rows
 
     def _add_exactly(self, name: str, part: torch.Tensor) -> None:
@@ -105,8 +105,7 @@ class Tally:
             return
         self._floats[name] = new = total + part
         of_part = new - total
-        lost = (total - (new - of_part)) + (part - of_part)
-        self._errors[name] = self._errors[name] + lost if name in self._errors else lost
+        _take_in(self._errors, name, (total - (new - of_part)) + (part - of_part), torch.add)
 
     def _last_kept(self) -> tuple[int, float] | None:
         """The lost elements and the error of the last of the worst blocks, if there are enough."""
@@ -123,6 +122,10 @@ class Tally:
             columns["source"] = np.array([self._source] * len(columns["token"]))
             self._worst = merged_worst(self._worst, columns)
         self._candidates = []
+
+
+def _take_in(fields: dict[str, torch.Tensor], name: str, part: torch.Tensor, how: Callable) -> None:
+    fields[name] = how(fields[name], part) if name in fields else part
 
 
 def _fetched(fields: dict[str, torch.Tensor]) -> dict:
