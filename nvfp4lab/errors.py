@@ -1,9 +1,10 @@
 """The error of one tensor and its quantized form: as statistics that add up, or as frames.
 
 `measure` walks over the tensor in pieces of whole rows and hands each, with its codes, to a
-`Tally`; of a recipe it makes the codes on the way, so nothing of the tensor's size is written. The
-frames (`element_errors`, `block_errors`, `token_errors`) are for tensors that a person looks at. To
-add a measure see `statistics`; to add a column, add it here.
+`Tally`; of a recipe it makes the codes on the way, so nothing of the tensor's size is written. On a
+GPU the codes come from the recipe's staging kernel, where it has one for the tensor, and a kernel
+counts. The frames (`element_errors`, `block_errors`, `token_errors`) are for tensors that a person
+looks at. To add a measure see `statistics`; to add a column, add it here.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from nvfp4lab.codec import check_input, find_outer, quantize
 from nvfp4lab.outer import OuterScale
 from nvfp4lab.quantized import CHUNK, CHUNK_ON_GPU, DTYPES, Quantized
 from nvfp4lab.rules import Recipe
-from nvfp4lab.statistics import Statistics, Tally
+from nvfp4lab.staging import stage
+from nvfp4lab.statistics import Statistics, Tally, in_torch, in_triton
 from nvfp4lab.statistics.measures import with_ratios
-from nvfp4lab.statistics.tally import Piece
+from nvfp4lab.statistics.pieces import Piece
+
+COUNTED_BY_KERNEL = 1 << 26  # elements in one go: their codes are up to 64 MB beside the tensor
 
 
 @torch.no_grad()
@@ -58,13 +62,20 @@ def measure(
     if outer is not None or generator is not None:
         raise ValueError("outer and generator are for quantizing; q is quantized already")
     _check_pair(x, q)
-    blocks_in_row = q.scales.shape[-1]
+    in_row, block, bits = q.scales.shape[-1], q.recipe.scale.block, q.recipe.elements.format.bits
+    walk = _Walk(x, q.recipe)
 
     def written(piece: Piece, rows: torch.Tensor, blocks: torch.Tensor):
-        start = piece.row * blocks_in_row + piece.block
-        return q.blocks(start, start + len(blocks))
+        start, count = piece.row * in_row + piece.block, blocks.numel() // block
+        g = q.outer if q.outer is None or q.outer.ndim == 0 else q.outer.reshape(-1, 1)
+        g = g if g is None or g.ndim == 0 else g[piece.row : piece.row + piece.rows]
+        if walk.by_kernel:  # which takes two codes to a byte
+            codes = q.codes.view(-1, block * bits // 8)[start : start + count]
+        else:
+            codes = q.blocks(start, start + count)[0]
+        return codes, q.scales.view(-1)[start : start + count], g
 
-    return _tallied(x, written, Tally(q.recipe, x.shape[-1]))
+    return walk.tallied(written)
 
 
 def measure_rows(
@@ -82,40 +93,89 @@ def measure_rows(
     """
     per_token = recipe.outer is not None and recipe.outer.per == "token"
     scale = OuterScale.one(x.device) if outer is None else outer
+    walk = _Walk(x, recipe)
 
     def quantized(piece: Piece, rows: torch.Tensor, blocks: torch.Tensor):
         nonlocal scale
+        staged = (
+            _staged(rows, recipe) if walk.by_kernel and blocks.numel() == rows.numel() else None
+        )
+        if staged is not None:
+            return (
+                staged.codes.view(-1, recipe.scale.block // 2),
+                staged.scales.view(-1),
+                staged.outer,
+            )
         if per_token and piece.block == 0:
             scale = find_outer(rows, recipe)
-        in_row = x.shape[-1] // recipe.scale.block
-        own = scale.of_blocks(in_row, piece.block, piece.block + len(blocks))
-        codes, stored = quantize_blocks(blocks, own, recipe, x.dtype, generator)
-        return codes, stored, None if recipe.outer is None else own.decode
+        codes, stored = _quantized(piece, blocks, scale, recipe, x, generator)
+        return codes, stored, None if recipe.outer is None else scale.decode
 
-    return _tallied(x, quantized, Tally(recipe, x.shape[-1], source, first_token))
+    return walk.tallied(quantized, source, first_token)
 
 
-def _tallied(x: torch.Tensor, codes_of: Callable, tally: Tally) -> Statistics:
-    """Every piece of x, with the codes, stored scales and outer scale that `codes_of` gives."""
-    for piece, rows, blocks in _pieces(x, tally.recipe.scale.block):
-        tally.add(piece, blocks, *codes_of(piece, rows, blocks))
-    return tally.statistics()
+class _Walk:
+    """The way over x in pieces that suit whoever counts: the kernel or torch."""
+
+    def __init__(self, x: torch.Tensor, recipe: Recipe):
+        self.x, self.recipe = x, recipe
+        self.by_kernel = in_triton.takes(recipe, x.device)
+
+    def tallied(self, codes_of: Callable, source: str = "", first_token: int = 0) -> Statistics:
+        """Every piece of x, with the codes, stored scales and outer scale that `codes_of` gives."""
+        count = in_triton.count if self.by_kernel else in_torch.count
+        tally = Tally(self.recipe, self.x.shape[-1], source, first_token, count)
+        for piece, rows, blocks in self._pieces():
+            tally.add(piece, blocks, *codes_of(piece, rows, blocks))
+        return tally.statistics()
+
+    def _pieces(self) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor]]:
+        """Whole rows of about a chunk of elements, or parts of one row that is longer: with the
+        rows [r, K] and the piece's own part of them, [r, k] for the kernel, else its blocks as
+        float32 [n, block]."""
+        x, block = self.x, self.recipe.scale.block
+        *lead, width = x.shape
+        if not x.numel():
+            return
+        on_gpu = COUNTED_BY_KERNEL if self.by_kernel else CHUNK_ON_GPU
+        chunk = CHUNK if x.device.type == "cpu" else on_gpu
+        blocks_in_row, part, step = width // block, max(1, chunk // block), max(1, chunk // width)
+        for row in range(0, math.prod(lead), step):
+            rows = _rows(x, row, min(row + step, math.prod(lead)))
+            for first in range(0, blocks_in_row, part if step == 1 else blocks_in_row):
+                last = min(first + part, blocks_in_row) if step == 1 else blocks_in_row
+                own = rows[:, first * block : last * block]
+                own = own if self.by_kernel else own.reshape(-1, block).float()
+                yield Piece(row, len(rows), first, last == blocks_in_row), rows, own
 
 
-def _pieces(x: torch.Tensor, block: int) -> Iterator[tuple[Piece, torch.Tensor, torch.Tensor]]:
-    """Whole rows of about a chunk of elements, or parts of one row that is longer: with the rows
-    [r, K] and the piece's blocks as float32 [n, block]."""
-    *lead, width = x.shape
-    if not x.numel():
-        return
-    chunk = CHUNK if x.device.type == "cpu" else CHUNK_ON_GPU
-    blocks_in_row, part, step = width // block, max(1, chunk // block), max(1, chunk // width)
-    for row in range(0, math.prod(lead), step):
-        rows = _rows(x, row, min(row + step, math.prod(lead)))
-        for first in range(0, blocks_in_row, part if step == 1 else blocks_in_row):
-            last = min(first + part, blocks_in_row) if step == 1 else blocks_in_row
-            blocks = rows[:, first * block : last * block].reshape(-1, block).float()
-            yield Piece(row, len(rows), first, last == blocks_in_row), rows, blocks
+def _staged(rows: torch.Tensor, recipe: Recipe) -> Quantized | None:
+    """The rows [r, K] by the recipe's staging kernel; None for what cannot be staged."""
+    no_top_k = torch.empty(len(rows), 0, dtype=torch.int32, device=rows.device)
+    try:
+        return stage(rows, no_top_k.float(), no_top_k, recipe).quantized
+    except (TypeError, ValueError):
+        return None
+
+
+def _quantized(
+    piece: Piece,
+    part: torch.Tensor,
+    scale: OuterScale,
+    recipe: Recipe,
+    x: torch.Tensor,
+    generator: torch.Generator | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes uint8 [n, block] and stored scales [n] of a piece in torch, a chunk at a time."""
+    blocks = part.reshape(-1, recipe.scale.block)
+    in_row, step = x.shape[-1] // blocks.shape[1], max(1, CHUNK_ON_GPU // blocks.shape[1])
+    done = []
+    for start in range(0, len(blocks), step):
+        stop = min(start + step, len(blocks))
+        own = scale.of_blocks(in_row, piece.block + start, piece.block + stop)
+        done.append(quantize_blocks(blocks[start:stop].float(), own, recipe, x.dtype, generator))
+    codes, stored = zip(*done, strict=True)
+    return (codes[0], stored[0]) if len(done) == 1 else (torch.cat(codes), torch.cat(stored))
 
 
 def _rows(x: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -17,7 +17,14 @@ if not HAS_GPU:
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 # Triton is there on Linux only. test_staging.py runs without it, by the torch path.
-NEED_TRITON = ["test_dequantize.py", "test_kernels.py", "test_seed_faults.py"]
+NEED_TRITON = [
+    "test_compiled.py",
+    "test_counting.py",
+    "test_dequantize.py",
+    "test_kernels.py",
+    "test_seed_faults.py",
+    "test_steps.py",
+]
 collect_ignore = [] if importlib.util.find_spec("triton") else NEED_TRITON
 
 INTERPRETER = pytest.param(

@@ -36,6 +36,8 @@ def same(a: Statistics, b: Statistics) -> bool:
     worst = all(a.worst[n].tobytes() == b.worst[n].tobytes() for n in a.worst)
     sums = [f.name for f in fields(a) if f.name not in EXACT and f.name != "worst"]
     sizes = {name: np.abs(getattr(b, SIZES.get(name, name))) for name in sums}
+    largest = np.sqrt(b.quotient_elements * b.quotient_ee)  # in an open bin more than 1 each
+    sizes["quotient_e"] = np.maximum(sizes["quotient_e"], largest)
     close = all(
         (np.abs(getattr(a, name) - getattr(b, name)) <= 1e-12 * sizes[name]).all() for name in sums
     )

@@ -1,7 +1,12 @@
-"""Triton kernels. Imported by `nvfp4lab.staging` and `nvfp4lab.quantized` when one is to run.
+"""Triton kernels. Imported when one is to run, by `nvfp4lab.staging`, `nvfp4lab.quantized` and
+`nvfp4lab.statistics.in_triton`, and by nothing else.
 
 numerics.py   encoders and decoders as Triton functions
-staging.py    ours: the staging kernel for `nvfp4` and `nvfp4-token`
+steps.py      what takes blocks to bytes, a number at a time
+packed.py     the same two numbers at a time, as inline PTX for sm_90 and up
+staging.py    ours: the staging kernel of four recipes, built of the steps
 dequantize.py codes and scales to BF16, FP16 or float32
+errors.py     what the error of a tensor is made of, counted and added up
+counting.py   launches of errors.py
 seed.py       the user's kernel and launcher, kept as written
 """

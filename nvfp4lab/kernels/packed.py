@@ -191,7 +191,7 @@ def encode_divided(words, scale, outer_exponent, has_inf, spoiled, NAN_SPOILS: t
     adding 1023 leaves it, rounded to even, in the last three bits: see `numerics.encode_e2m1`.
     Inf has the exponent after the largest, which under a large outer scale is too little.
     """
-    if has_inf is not None:  # noqa: SIM102  (known when it is compiled)
+    if has_inf is not None:
         tl.static_assert(NAN_SPOILS)
         if has_inf:
             words = _inf_above_all(words)

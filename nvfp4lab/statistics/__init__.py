@@ -1,7 +1,8 @@
 """Statistics: the measured error of a recipe on any number of tensors, and how two add up.
 
 `contents` says what is held, `measures` what is derived from it, `merging` adds, compares and
-saves, `tally` fills it from chunks of a tensor, `bins` has the histograms' fixed bins.
+saves, `bins` has the histograms' fixed bins. `tally` fills it from pieces of a tensor, which
+`in_torch` counts anywhere and `in_triton` by a kernel on a GPU.
 """
 
 from nvfp4lab.statistics.contents import digest as digest

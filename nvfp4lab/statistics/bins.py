@@ -1,12 +1,15 @@
 """The fixed bins of the histograms: which bin a value is in, and where bins end.
 
-`tally` asks for the bin of each value, `measures` for the edges. They are fixed so that any two
-histograms add up. To change one, change its numbers here and `merging.VERSION`, so that files saved
-before are refused. Only comparisons and IEEE operations decide on a bin, so a value is in the same
-one on every machine. Bins are int64 of their argument's shape.
+`in_torch` asks for the bin of each value, `measures` for the edges; `kernels.errors` finds the same
+bins by the same numbers. They are fixed so that any two histograms add up. To change one, change
+its numbers here and `merging.VERSION`, so that files saved before are refused. Only comparisons and
+IEEE operations decide on a bin, so a value is in the same one on every machine. Bins are int64 of
+their argument's shape.
 """
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 import torch
@@ -20,8 +23,6 @@ CREST_COUNT = (CREST_TO - CREST_FROM) * CREST_PER_UNIT
 AMAX_COUNT = 1 + len(AMAX_EXPONENTS)  # bin 0: no finite element but zeros
 QUOTIENT_COUNT = QUOTIENT_BINS + 1  # the last one is open
 QSNR_COUNT = QSNR_TO - QSNR_FROM + 3  # below, 1 dB each, above or exact, lost
-
-_NMSE_EDGES = [10 ** (-db / 10) for db in range(QSNR_TO, QSNR_FROM - 1, -1)]
 
 
 def crest_bin(crest: torch.Tensor) -> torch.Tensor:
@@ -65,10 +66,16 @@ def qsnr_bin(xx: torch.Tensor, ee: torch.Tensor, lost: torch.Tensor) -> torch.Te
 
     Nothing lost and no error: exact. An error on nothing but zeros: below.
     """
-    edges = torch.tensor(_NMSE_EDGES, dtype=torch.float64, device=xx.device)
     nmse = (ee / xx).where(ee > 0, 0.0)
-    above = torch.bucketize(nmse, edges)  # how many edges are below it
+    above = torch.bucketize(nmse, nmse_edges(xx.device))  # how many edges are below it
     return (QSNR_COUNT - 2 - above).where(lost == 0, QSNR_COUNT - 1)
+
+
+@functools.cache  # copying it to a GPU would wait for all that goes on there
+def nmse_edges(device: torch.device) -> torch.Tensor:
+    """Where QSNR bins begin and end, as NMSE: float64 [121], rising."""
+    edges = [10 ** (-db / 10) for db in range(QSNR_TO, QSNR_FROM - 1, -1)]
+    return torch.tensor(edges, dtype=torch.float64, device=device)
 
 
 def qsnr_edges() -> np.ndarray:

@@ -1,47 +1,46 @@
-"""Tally: chunks of a tensor and of its codes into `Statistics`, on any device.
+"""Tally: pieces of a tensor and of its codes into `Statistics`, on any device.
 
 The caller cuts the rows into pieces: any number of whole rows, or a part of one row. Each block's
 and each row's own sums depend on nothing outside it, so histograms and worst blocks do not depend
-on the cut; sums carry their rounding error along from piece to piece (Knuth's two-sum). To fill a
-new field of `contents`, give it its line in `_counts_and_sums`.
+on the cut; sums carry their rounding error along from piece to piece (Knuth's two-sum). What a
+piece adds is counted by `in_torch` or by `in_triton`; a GPU is waited for only in `statistics`.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from nvfp4lab.quantized import decode
 from nvfp4lab.rules import Recipe
-from nvfp4lab.statistics import bins
-from nvfp4lab.statistics.contents import CHANNELS
+from nvfp4lab.statistics import bins, in_torch
+from nvfp4lab.statistics.contents import CHANNELS, WORST
 from nvfp4lab.statistics.merging import KEPT, Statistics, merged_worst
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Where a chunk lies in the tensor: whole rows, or blocks of one row."""
-
-    row: int
-    rows: int
-    block: int = 0  # other than 0 in a part of a row
-    ends_row: bool = True
+from nvfp4lab.statistics.pieces import Counted, Piece
 
 
 class Tally:
     """Counts and sums of one tensor (..., K) under one recipe, a piece at a time in their order.
 
     source, first_token: where the tensor is from, and which of its rows is the tensor's row 0.
+    count: `in_torch.count` or `in_triton.count`.
     """
 
-    def __init__(self, recipe: Recipe, width: int, source: str = "", first_token: int = 0):
+    def __init__(
+        self,
+        recipe: Recipe,
+        width: int,
+        source: str = "",
+        first_token: int = 0,
+        count: Callable[..., Counted] = in_torch.count,
+    ):
         self.recipe, self._source, self._first_token = recipe, source, first_token
         self._start = Statistics.empty(recipe, width)
-        self._worst, self._row = self._start.worst, None
-        self._integers, self._floats, self._errors, self._largest = {}, {}, {}, {}
+        self._count, self._worst, self._candidates = count, self._start.worst, []
+        self._known = {"elements": 0, "blocks": 0, "tokens": 0}
+        self._row, self._integers, self._floats, self._errors, self._largest = None, {}, {}, {}, {}
 
     def add(
         self,
@@ -51,217 +50,90 @@ class Tally:
         stored: torch.Tensor,
         g: torch.Tensor | None,
     ) -> None:
-        """One piece: float32 blocks x [n, block], their codes uint8 [n, block], stored scales [n],
-        outer decode scale None, () or [n, 1]."""
-        if not len(x):
+        """One piece: x [rows, k] or its blocks [n, block], their codes uint8 [n, block], or two to
+        a byte for `in_triton`; stored scales [n], outer decode scale None, () or [rows, 1]."""
+        if not len(stored):
             return
-        view = _View(self.recipe, x, codes, stored, g)
-        rows = view.per_row(piece.rows)
-        if self._row is not None:
-            rows = [own + carried for own, carried in zip(rows, self._row, strict=True)]
-        self._row = None if piece.ends_row else rows
-        integers, floats = _counts_and_sums(view)
-        if piece.ends_row:
-            integers["token_qsnr"] = _count(bins.qsnr_bin(*rows), bins.QSNR_COUNT)
-            integers["tokens"] = torch.tensor(piece.rows)
-        first = piece.block * x.shape[1]
-        for name, product in zip(CHANNELS, (view.xx, view.ee, view.xq), strict=True):
-            columns = product.view(piece.rows, -1).sum(0)
-            missing = (self._start.width or 0) - first - len(columns)
-            floats[name] = torch.nn.functional.pad(columns, (first, missing))
-        for name, part in integers.items():
-            self._integers[name] = self._integers.get(name, 0) + part
-        for name, part in floats.items():
+        counted = self._count(piece, x, codes, stored, g, self.recipe, self._last_kept())
+        self._known["elements"] += x.numel()
+        self._known["blocks"] += len(stored)
+        for name, part in counted.integers.items():
+            _take_in(self._integers, name, part, torch.add)
+        for name, part in counted.largest.items():
+            _take_in(self._largest, name, part, torch.maximum)
+        for name, part in counted.floats.items():
             self._add_exactly(name, part)
-        for name, part in _largest(view).items():
-            self._largest[name] = torch.maximum(self._largest.get(name, part), part)
-        self._keep_worst(piece, view)
+        first = piece.block * self.recipe.scale.block
+        for name, columns in zip(CHANNELS, counted.channels, strict=True):
+            around = (first, (self._start.width or 0) - first - len(columns))
+            whole = torch.nn.functional.pad(columns, around) if any(around) else columns
+            self._add_exactly(name, whole)
+        self._add_rows(piece, counted.rows)
+        if len(counted.worst["token"]):
+            self._candidates.append(counted.worst)
+        if x.device.type == "cpu":
+            self._merge_candidates()
 
     def statistics(self) -> Statistics:
         """What was added up so far."""
-        floats = {name: total + self._errors[name] for name, total in self._floats.items()}
-        found = {**self._integers, **floats, **self._largest}
-        values = {n: v.cpu().numpy() if v.ndim else v.item() for n, v in found.items()}
+        self._merge_candidates()
+        floats = {
+            n: t + self._errors[n] if n in self._errors else t for n, t in self._floats.items()
+        }
+        values = {**_fetched(self._integers), **_fetched(floats | self._largest), **self._known}
         fmt = self.recipe.scale.format
         if fmt is not None and "scale_codes" in values:
             classes = fmt.by_class(values["scale_codes"])
             values |= {f"scale_{name}": int(count) for name, count in classes.items()}
         return replace(self._start, **values, worst=self._worst)
 
+    def _add_rows(self, piece: Piece, rows: list[torch.Tensor]) -> None:
+        if self._row is not None:
+            rows = [own + carried for own, carried in zip(rows, self._row, strict=True)]
+        self._row = None if piece.ends_row else rows
+        if piece.ends_row:
+            index = bins.qsnr_bin(*rows)
+            counts = torch.zeros(bins.QSNR_COUNT, dtype=torch.int64, device=index.device)
+            counts.index_add_(0, index, torch.ones_like(index))
+            _take_in(self._integers, "token_qsnr", counts, torch.add)
+            self._known["tokens"] += piece.rows
+
     def _add_exactly(self, name: str, part: torch.Tensor) -> None:
         total = self._floats.get(name)
         if total is None:
-            self._floats[name], self._errors[name] = part, torch.zeros_like(part)
+            self._floats[name] = part
             return
         self._floats[name] = new = total + part
         of_part = new - total
-        self._errors[name] += (total - (new - of_part)) + (part - of_part)
+        _take_in(self._errors, name, (total - (new - of_part)) + (part - of_part), torch.add)
 
-    def _keep_worst(self, piece: Piece, view: _View) -> None:
-        lost, ee = view.block_lost, view.block_ee
-        worse = (lost > 0) | (ee > 0)
-        if len(self._worst["ee"]) == KEPT:  # earlier blocks go first where they are alike
-            last_lost, last_ee = self._worst["lost"][-1].item(), self._worst["ee"][-1].item()
-            worse = (lost > last_lost) | ((lost == last_lost) & (ee > last_ee))
-        index = worse.nonzero()[:, 0]
-        if len(index) > KEPT:
-            order = np.lexsort((-ee[index].cpu().numpy(), -lost[index].cpu().numpy()))[:KEPT]
-            index = index[torch.from_numpy(order).to(index.device)]
-        if not len(index):
-            return
-        g, coded = view.g, self.recipe.scale.format is not None
-        outer = torch.tensor(math.nan) if g is None else g if g.ndim == 0 else g[index, 0]
-        in_row = len(ee) // piece.rows
-        found = {
-            "token": self._first_token + piece.row + index // in_row,
-            "block": piece.block + index % in_row,
-            "lost": lost[index],
-            "ee": ee[index],
-            "amax": view.amax[index],
-            "scale_code": view.stored[index].long() if coded else torch.full_like(index, -1),
-            "scale": view.s[index, 0],
-            "outer": outer.expand(len(index)),
-            "x": view.given[index],
-        }
-        columns = {name: column.cpu().numpy() for name, column in found.items()}
-        columns["source"] = np.array([self._source] * len(index))
-        self._worst = merged_worst(self._worst, columns)
+    def _last_kept(self) -> tuple[int, float] | None:
+        """The lost elements and the error of the last of the worst blocks, if there are enough."""
+        if len(self._worst["ee"]) < KEPT:
+            return None
+        return self._worst["lost"][-1].item(), self._worst["ee"][-1].item()
+
+    def _merge_candidates(self) -> None:
+        for candidates in self._candidates:
+            found = {name: column.cpu().numpy() for name, column in candidates.items()}
+            bad = (found["lost"] > 0) | (found["ee"] > 0)
+            columns = {name: c[bad].astype(WORST[name]) for name, c in found.items()}
+            columns["token"] += self._first_token
+            columns["source"] = np.array([self._source] * len(columns["token"]))
+            self._worst = merged_worst(self._worst, columns)
+        self._candidates = []
 
 
-class _View:
-    """A piece and what several counts and sums are made of, float64; where an element is not
-    counted, x and q are zero in it.
-
-    Nearly every piece is finite, which the sums of its blocks show, so masks are made only for one
-    that is not. torch.where is avoided where arithmetic does: on a CPU it takes ten times as long.
-    """
-
-    def __init__(self, recipe: Recipe, x, codes, stored, g):
-        self.recipe, self.given, self.codes, self.stored, self.g = recipe, x, codes, stored, g
-        fmt = recipe.scale.format
-        self.s = stored[:, None] if fmt is None else fmt.decode(stored)[:, None]
-        x, q = x.double(), decode(codes, stored, g, recipe).double()
-        self.block_lost = torch.zeros_like(stored, dtype=torch.int64)
-        self.finite = self.counted = None  # masks [n, block]; None: all are
-        self._set(x, q)
-        if not bool(self.block_ee.isfinite().all()):
-            self.finite, q_finite = x.isfinite(), q.isfinite()
-            self.counted = self.finite & q_finite
-            self.block_lost = (self.finite & ~q_finite).sum(-1)
-            self._set(x.where(self.counted, 0.0), q.where(self.counted, 0.0))
-            x = x.where(self.finite, 0.0)
-            self.amax, self.power = x.abs().amax(-1), x.square().sum(-1)
-
-    def _set(self, x: torch.Tensor, q: torch.Tensor) -> None:
-        self.x, self.q, self.magnitude, self.e = x, q, x.abs(), q - x
-        self.abs_e, self.ee = self.e.abs(), self.e.square()
-        self.xx, self.xq = x.square(), x * q
-        self.amax, self.first_largest = self.magnitude.max(-1)  # [n]; the first one, where alike
-        self.block_xx = self.power = self.xx.sum(-1)  # power: of all finite x
-        self.block_ee = self.ee.sum(-1)
-
-    def per_row(self, rows: int) -> list[torch.Tensor]:
-        """xx, ee and the count of lost elements of each row [rows]."""
-        parts = (self.block_xx, self.block_ee, self.block_lost)
-        return [part.view(rows, -1).sum(-1) for part in parts]
-
-    def crest(self) -> torch.Tensor:
-        """amax / rms of each block of finite x that is not all zero [m]."""
-        has = self.amax > 0
-        if self.finite is not None:
-            has &= self.finite.all(-1)
-        return self.amax[has] / (self.power[has] / self.codes.shape[1]).sqrt()
-
-    def largest_decoded(self) -> torch.Tensor:
-        """The magnitude that the largest code of each block decodes to: float32 [n, 1]."""
-        code = torch.full_like(self.codes[:, :1], self.recipe.elements.format.code_of_max)
-        return decode(code, self.stored, self.g, self.recipe).abs()
+def _take_in(fields: dict[str, torch.Tensor], name: str, part: torch.Tensor, how: Callable) -> None:
+    fields[name] = how(fields[name], part) if name in fields else part
 
 
-def _counts_and_sums(view: _View) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The int64 and the float64 fields of `contents`, but for rows, channels and largest values."""
-    crest, zero_scale, amax_bin = view.crest(), view.s[:, 0] == 0, bins.amax_bin(view.amax)
-    of_max = view.ee.gather(-1, view.first_largest[:, None])[:, 0]
-    size, nonzero, limit = view.codes.numel(), view.x.count_nonzero(), view.largest_decoded()
-    counts = {
-        "elements": torch.tensor(size),
-        "nonfinite_input": torch.tensor(0) if view.finite is None else size - view.finite.sum(),
-        "nonfinite_output": view.block_lost.sum(),
-        "nonzero": nonzero,
-        "flushed": nonzero - view.xq.count_nonzero(),  # no product of two float32 underflows
-        "saturated": (view.magnitude > limit.where(limit > 0, math.inf)).sum(),
-        "blocks": torch.tensor(len(view.codes)),
-        "element_codes": torch.bincount(
-            view.codes.flatten(), minlength=2**view.recipe.elements.format.bits
-        ),
-        "crest_blocks": torch.tensor(len(crest)),
-        "crest_counts": _count(bins.crest_bin(crest), bins.CREST_COUNT),
-        "amax_blocks": _count(amax_bin, bins.AMAX_COUNT),
-        "amax_lost": _sum(amax_bin, view.block_lost, bins.AMAX_COUNT),
-        "block_qsnr": _count(
-            bins.qsnr_bin(view.block_xx, view.block_ee, view.block_lost), bins.QSNR_COUNT
-        ),
-        **_scale_counts(view.stored, view.recipe),
-    }
-    sums = {
-        "sum_xx": view.block_xx.sum(),
-        "sum_qq": view.q.square().sum(),
-        "sum_xq": view.xq.sum(),
-        "sum_ee": view.block_ee.sum(),
-        "sum_abs_e": view.abs_e.sum(),
-        "sum_e": view.e.sum(),
-        "sum_ee_max": of_max.where(~zero_scale, 0.0).sum(),
-        "sum_ee_other": (view.block_ee - of_max).where(~zero_scale, 0.0).sum(),
-        "sum_ee_zero_scale": view.block_ee.where(zero_scale, 0.0).sum(),
-        "sum_crest": crest.sum(),
-        "amax_xx": _sum(amax_bin, view.block_xx, bins.AMAX_COUNT),
-        "amax_ee": _sum(amax_bin, view.block_ee, bins.AMAX_COUNT),
-    }
-    by_quotient = _by_quotient(view)
-    return counts | {"quotient_elements": by_quotient.pop("quotient_elements")}, sums | by_quotient
-
-
-def _by_quotient(view: _View) -> dict[str, torch.Tensor]:
-    step = view.s.double() if view.g is None else view.s.double() * view.g.double()
-    step = step.abs()  # a foreign scale byte may have a sign bit
-    usable = (step > 0) & step.isfinite()
-    step = step.where(usable, 1.0)
-    width = bins.quotient_width(view.recipe.elements.format.max)
-    index = bins.quotient_bin(view.magnitude / step, width)
-    counted = usable if view.counted is None else view.counted & usable
-    if not bool(counted.all()):
-        index = index.where(counted, bins.QUOTIENT_COUNT)  # dropped below
-    e = (view.e / step).flatten()
-    weights = {"elements": None, "e": e * view.x.sign().flatten(), "ee": e.square()}
-    size = bins.QUOTIENT_COUNT + 1
-    return {
-        f"quotient_{name}": torch.bincount(index.flatten(), weight, size)[:-1]
-        for name, weight in weights.items()
-    }
-
-
-def _scale_counts(stored: torch.Tensor, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """How often each scale code occurs; of float32 scales, how many have which class."""
-    if recipe.scale.format is not None:
-        return {"scale_codes": torch.bincount(stored, minlength=256)}
-    zero, nan = (stored == 0).sum(), stored.isnan().sum()
-    return {"scale_zero": zero, "scale_nan": nan, "scale_normal": len(stored) - zero - nan}
-
-
-def _largest(view: _View) -> dict[str, torch.Tensor]:
-    relative = view.abs_e / view.magnitude
-    if bool((view.x == 0).any()):
-        relative = relative.where(view.x != 0, 0.0)
-    return {
-        "max_abs_e": view.abs_e.amax(),
-        "max_rel_e": relative.amax(),
-        "amax": view.amax.amax(),
-    }
-
-
-def _count(index: torch.Tensor, size: int) -> torch.Tensor:
-    return torch.bincount(index, minlength=size)
-
-
-def _sum(index: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tensor:
-    return torch.zeros(size, dtype=values.dtype, device=values.device).index_add_(0, index, values)
+def _fetched(fields: dict[str, torch.Tensor]) -> dict:
+    """Numbers and arrays of tensors of one dtype, in one transfer from where they are."""
+    if not fields:
+        return {}
+    flat = torch.cat(
+        [f.reshape(-1).to(next(iter(fields.values())).device) for f in fields.values()]
+    )
+    parts = np.split(flat.cpu().numpy(), np.cumsum([f.numel() for f in fields.values()])[:-1])
+    return {n: p if fields[n].ndim else p.item() for n, p in zip(fields, parts, strict=True)}
