@@ -22,6 +22,8 @@ LABELS = {
     "share": "share of blocks",
     "scale_code": "scale byte",
     "element": "element of the block",
+    "tokens": "tokens",
+    "GB/s": "bytes read and written, GB/s",
 }
 NEUTRAL, NAN_RED = "0.35", "#c0392b"
 
@@ -122,6 +124,31 @@ def explained_block(explanation: Explanation, ax: Axes | None = None) -> Axes:
     ax.set_xlabel(LABELS["element"])
     ax.set_ylabel("in units of the scale")
     ax.legend(loc="best")
+    return ax
+
+
+def bandwidth(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """GB/s over the number of tokens, a line and a marker a name; what cannot be beaten dashed.
+
+    frame: columns name, role, tokens, GB/s, as `benchmarks.Result.frame` gives them for one part
+    and width.
+    """
+    ax = ax or plt.gca()
+    limit = frame.query("role == 'yardstick'").sort_values("tokens")
+    ax.plot(limit["tokens"], limit["GB/s"], "--", color=NEUTRAL, lw=1.5, label="yardstick")
+    rest = frame.query("role != 'yardstick'").sort_values("tokens")
+    names = list(rest["name"].unique())
+    colors = sns.color_palette("colorblind", len(names))
+    for name, color, marker in zip(names, colors, "osD^vPX*"[: len(names)], strict=True):
+        rows = rest[rest["name"] == name]
+        ax.plot(rows["tokens"], rows["GB/s"], color=color, marker=marker, ms=5, label=name)
+    tokens = sorted(frame["tokens"].unique())
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(tokens, [str(t) for t in tokens])
+    ax.minorticks_off()
+    ax.set_ylim(bottom=0)
+    ax.set(xlabel=LABELS["tokens"], ylabel=LABELS["GB/s"])
+    ax.legend(loc="upper left", frameon=False)
     return ax
 
 

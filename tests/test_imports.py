@@ -26,7 +26,7 @@ LAYERS = (
     {"blocks"},
     {"codec"},
     {"staging", "errors"},
-    {"sweeps", "theory", "diagnose", "experts"},
+    {"sweeps", "theory", "diagnose", "experts", "benchmarks"},
     {"plots"},
     {"report"},
     {"cli"},

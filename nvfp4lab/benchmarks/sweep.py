@@ -1,0 +1,65 @@
+"""The yardstick's own best shape for a case: every shape is tried, the best few go on to the race.
+
+The few are timed again beside what they are a yardstick for, and the fastest of them counts, so
+that it is neither the luck of one measurement nor a shape that was good in other company.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nvfp4lab.benchmarks.inputs import Settings
+from nvfp4lab.benchmarks.results import Sample
+from nvfp4lab.benchmarks.timing import Call, Graph, capture, time_graphs
+from nvfp4lab.kernels.yardstick import Shape
+
+SHAPES = tuple(
+    Shape(vector, warps, at_once)
+    for vector in (1, 2, 4)
+    for warps in (1, 2, 4, 8)
+    for at_once in (2, 8)
+)
+FINALISTS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """rows: of the sweep, as `Result` has them. shapes, graphs: the finalists, fastest first."""
+
+    rows: tuple[dict[str, Any], ...]
+    shapes: tuple[Shape, ...]
+    graphs: tuple[Graph, ...]
+
+    def fastest(
+        self, times: Sequence[tuple[float, ...]], part: str, tokens: int, width: int, moved: int
+    ) -> Sample:
+        """The finalist with the smallest median among `times`, the finalists' runs in the race."""
+        at = min(range(len(times)), key=lambda i: statistics.median(times[i]))
+        shape = self.shapes[at]
+        note = f"{shape.elements} elements a program, " + ", ".join(
+            f"{name} {value}" for name, value in asdict(shape).items()
+        )
+        return Sample(part, "yardstick", tokens, width, times[at], moved, "yardstick", note)
+
+
+def sweep(
+    calls_of: Callable[[Shape], Sequence[Call]],
+    direction: str,
+    tokens: int,
+    width: int,
+    settings: Settings,
+) -> Swept:
+    """Time every shape; calls_of gives a shape's launches, one for each set of buffers."""
+    graphs = [capture(calls_of(shape)) for shape in SHAPES]
+    times = time_graphs(graphs, settings.sweep_runs, settings.run_seconds / 2)
+    medians = [statistics.median(runs) for runs in times]
+    case = {"direction": direction, "tokens": tokens, "width": width}
+    rows = tuple(
+        case | asdict(shape) | {"elements": shape.elements, "us": round(us, 4)}
+        for shape, us in zip(SHAPES, medians, strict=True)
+    )
+    order = sorted(range(len(SHAPES)), key=medians.__getitem__)[:FINALISTS]
+    return Swept(rows, tuple(SHAPES[i] for i in order), tuple(graphs[i] for i in order))
