@@ -99,7 +99,7 @@ class Result:
             rows = [self._row(sample) for sample in self.samples if sample.part == part]
             header = [*SHOWN, OF_REFERENCE.get(part, "of_reference")]
             lines = [[_cell(row, column) for column in [*SHOWN, "of_reference"]] for row in rows]
-            texts.append(f"{part}\n{_aligned([header, *lines])}")
+            texts.append(f"{part}\n{aligned([header, *lines])}")
         texts += [f"left out: {text}" for text in self.left_out]
         texts += [f"failed: {text}" for text in self.failed]
         return "\n\n".join(texts)
@@ -154,7 +154,7 @@ def _cell(row: dict[str, Any], column: str) -> str:
     return "" if math.isnan(value) else f"{value:.{DIGITS.get(column, 2)}f}"
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
     """Columns two spaces apart, right-aligned but the first; those without a cell are left out."""
     kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in kept]

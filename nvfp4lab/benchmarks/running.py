@@ -56,5 +56,6 @@ def run(
         samples += measured.samples
         swept += measured.sweep
         left_out += measured.left_out
-    described = asdict(settings) | {"only": list(only), "inputs": INPUTS, "past_l2": PAST_L2}
+    described = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
+    described |= {"only": list(only), "inputs": INPUTS, "past_l2": PAST_L2}
     return Result(machine, described, tuple(samples), tuple(swept), tuple(left_out), tuple(failed))

@@ -55,10 +55,12 @@ def capture(calls: Sequence[Call]) -> Graph:
         try:
             for call in itertools.chain.from_iterable([calls] * turns):
                 kept.append(call())
-        except RuntimeError as error:
+        except Exception as error:
             with contextlib.suppress(RuntimeError):  # the same failure, told again
                 graph.capture_end()
-            raise CannotCapture(str(error).splitlines()[0]) from error
+            if isinstance(error, RuntimeError):
+                raise CannotCapture(str(error).splitlines()[0]) from error
+            raise
         graph.capture_end()
     return Graph(graph, turns * len(calls), list(kept))
 
