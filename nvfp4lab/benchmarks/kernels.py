@@ -43,7 +43,7 @@ def _yardstick(module: ModuleType, up: bool) -> None:
     x, codes, scales = (
         torch.empty(shape, dtype=torch.int32) for shape in ((groups, 32), (groups, 8), (groups,))
     )
-    shape = module.Shape(vector=4, warps=4, at_once=8)
+    shape = module.Shape(vector=4, warps=4, times=2)
     if up:
         module.launch_up(codes, scales, x, shape)
     else:

@@ -59,7 +59,8 @@ class Result:
     """Samples, the machine that they hold for, what was left out and what failed.
 
     machine: as `machine.describe` gives it. settings: of the run. sweep: a row for each shape of
-    the yardstick that was tried: direction, tokens, width, vector, warps, at_once, us.
+    the yardstick that was tried: direction, tokens, width, vector, warps, times, streaming,
+    elements, us.
     """
 
     machine: dict[str, Any]

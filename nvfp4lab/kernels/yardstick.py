@@ -15,9 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-GROUP = 64  # elements that share one 32-bit word of scales: 32 words of BF16, 8 of codes, 1
-WORDS, CODE_WORDS = tl.constexpr(32), tl.constexpr(8)
-ALIGNED_TO = tl.constexpr(16)  # groups: so that every run of words starts on 64 bytes
+GROUP = 64  # elements of 32 words of BF16, which become 8 words of codes and one of scales
+WORDS, CODE_WORDS = tl.constexpr(4), tl.constexpr(8)  # of BF16 for a code word; for a scale word
+GROUPS = 16  # that a tensor is a multiple of, so that every run of words starts on 16 bytes
+TILE_ALIGNED_TO = tl.constexpr(GROUPS * 8)  # code words
 
 
 @dataclass(frozen=True)
@@ -25,57 +26,81 @@ class Shape:
     """How a yardstick works: what its sweep goes over.
 
     vector: 32-bit words that a thread reads at a time, 1, 2 or 4 (4, 8 or 16 bytes).
-    warps: of a program. at_once: code words, each of 4 words of BF16, that a thread has in flight.
+    warps: of a program. times: vectors of codes of a thread, each of four vectors of BF16; 1, 2, 4
+    or 8. streaming: whether the caches are told that nothing is used twice.
     """
 
     vector: int
     warps: int
-    at_once: int
+    times: int
+    streaming: bool = False
 
     @property
     def elements(self) -> int:
         """Elements of a program."""
-        return GROUP * 32 * self.warps * self.vector
+        return 8 * 32 * self.warps * self.vector * self.times
 
 
 @triton.jit
-def _tile(groups, LANES: tl.constexpr):
-    """(first group, groups here, lanes): a program's tile lies in one piece, word by word.
+def _tile(code_words, LANES: tl.constexpr, TIMES: tl.constexpr):
+    """(first code word, code words of each of TIMES runs, lanes): a program's tile is one piece.
 
-    Word i of the tile's groups is the run [i * here, (i + 1) * here) of the tile's words.
+    Word w of the tile's lanes is the run [w * here, (w + 1) * here) of the tile's words.
     """
-    first = tl.program_id(0).to(tl.int64) * LANES
-    here = tl.minimum(groups - first, LANES).to(tl.int32)
-    return first, tl.multiple_of(here, ALIGNED_TO), tl.arange(0, LANES)
+    first = tl.program_id(0).to(tl.int64) * (LANES * TIMES)
+    here = tl.minimum(code_words - first, LANES * TIMES).to(tl.int32) // TIMES
+    whole: tl.constexpr = LANES * TIMES
+    aligned: tl.constexpr = min(whole, TILE_ALIGNED_TO) // TIMES
+    return first, tl.multiple_of(here, aligned), tl.arange(0, LANES)
 
 
 @triton.jit
-def _down(x, codes, scales, groups, LANES: tl.constexpr, AT_ONCE: tl.constexpr):
-    first, here, lane = _tile(groups, LANES)  # pyright: ignore[reportGeneralTypeIssues]
-    there = lane < here
-    scale = tl.zeros([LANES], tl.int32)
-    for start in range(0, CODE_WORDS, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
-            code = tl.zeros([LANES], tl.int32)
-            for j in tl.static_range(WORDS // CODE_WORDS):
-                word = (start + i) * (WORDS // CODE_WORDS) + j
-                code ^= tl.load(x + first * WORDS + word * here + lane, mask=there, other=0)
-            tl.store(codes + first * CODE_WORDS + (start + i) * here + lane, code, mask=there)
-            scale ^= code
-    tl.store(scales + first + lane, scale, mask=there)
+def _load(pointer, there, STREAMING: tl.constexpr):
+    if STREAMING:
+        return tl.load(pointer, mask=there, other=0, eviction_policy="evict_first")
+    return tl.load(pointer, mask=there, other=0)
 
 
 @triton.jit
-def _up(codes, scales, y, groups, LANES: tl.constexpr, AT_ONCE: tl.constexpr):
-    first, here, lane = _tile(groups, LANES)  # pyright: ignore[reportGeneralTypeIssues]
-    there = lane < here
-    scale = tl.load(scales + first + lane, mask=there, other=0)
-    for start in range(0, CODE_WORDS, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
-            code = tl.load(codes + first * CODE_WORDS + (start + i) * here + lane, mask=there)
-            for j in tl.static_range(WORDS // CODE_WORDS):
-                word = (start + i) * (WORDS // CODE_WORDS) + j
-                tl.store(y + first * WORDS + word * here + lane, code ^ (scale + j), mask=there)
+def _store(pointer, value, there, STREAMING: tl.constexpr):
+    if STREAMING:
+        tl.store(pointer, value, mask=there, cache_modifier=".cs")
+    else:
+        tl.store(pointer, value, mask=there)
+
+
+@triton.jit
+def _down(
+    x, codes, scales, code_words,
+    LANES: tl.constexpr, TIMES: tl.constexpr, STREAMING: tl.constexpr,
+):  # fmt: skip
+    """The first lanes write the tile's scale words too: their last code word."""
+    first, here, lane = _tile(code_words, LANES, TIMES)  # pyright: ignore[reportGeneralTypeIssues]
+    code = tl.zeros([LANES], tl.int32)
+    for i in tl.static_range(TIMES):
+        code = tl.zeros([LANES], tl.int32)
+        for j in tl.static_range(WORDS):
+            word = x + first * WORDS + (i * WORDS + j) * here + lane
+            code ^= _load(word, lane < here, STREAMING)
+        _store(codes + first + i * here + lane, code, lane < here, STREAMING)
+    has_scale = lane < here * TIMES // CODE_WORDS
+    _store(scales + first // CODE_WORDS + lane, code, has_scale, STREAMING)
+
+
+@triton.jit
+def _up(
+    codes, scales, y, code_words,
+    LANES: tl.constexpr, TIMES: tl.constexpr, STREAMING: tl.constexpr,
+):  # fmt: skip
+    """The first lanes read the tile's scale words too, and write them into all their words."""
+    first, here, lane = _tile(code_words, LANES, TIMES)  # pyright: ignore[reportGeneralTypeIssues]
+    has_scale = lane < here * TIMES // CODE_WORDS
+    scale = _load(scales + first // CODE_WORDS + lane, has_scale, STREAMING)
+    for i in tl.static_range(TIMES):
+        code = _load(codes + first + i * here + lane, lane < here, STREAMING) ^ scale
+        for j in tl.static_range(WORDS):
+            word = y + first * WORDS + (i * WORDS + j) * here + lane
+            _store(word, code + j, lane < here, STREAMING)
 
 
 @triton.jit
@@ -133,9 +158,16 @@ def _launch(kernel, args, wide, codes, scales, shape: Shape) -> None:
                 f"the yardstick moves contiguous int32 {expected}, "
                 f"got {tensor.dtype} {tuple(tensor.shape)}"
             )
-    if n % ALIGNED_TO.value:
-        raise ValueError(f"the yardstick moves multiples of 16 groups of 64 elements, got {n}")
-    lanes = 32 * shape.warps * shape.vector
-    kernel[(triton.cdiv(n, lanes),)](
-        *args, n, LANES=lanes, AT_ONCE=shape.at_once, num_warps=shape.warps
+    if n % GROUPS:
+        raise ValueError(
+            f"the yardstick moves multiples of {GROUPS} groups of {GROUP} elements, got {n}"
+        )
+    grid = (triton.cdiv(n * GROUP, shape.elements),)
+    kernel[grid](
+        *args,
+        n * CODE_WORDS.value,
+        LANES=32 * shape.warps * shape.vector,
+        TIMES=shape.times,
+        STREAMING=shape.streaming,
+        num_warps=shape.warps,
     )
