@@ -23,7 +23,8 @@ LABELS = {
     "scale_code": "scale byte",
     "element": "element of the block",
     "tokens": "tokens",
-    "GB/s": "bytes read and written, GB/s",
+    "GB/s": "read and written, GB/s",
+    "of_yardstick": "share of the yardstick's speed",
 }
 NEUTRAL, NAN_RED = "0.35", "#c0392b"
 
@@ -127,28 +128,28 @@ def explained_block(explanation: Explanation, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def bandwidth(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """GB/s over the number of tokens, a line and a marker a name; what cannot be beaten dashed.
+def speed_over_tokens(frame: pd.DataFrame, y: str = "GB/s", ax: Axes | None = None) -> Axes:
+    """A benchmark over the number of tokens, a line and a marker a name, the yardstick dashed.
 
-    frame: columns name, role, tokens, GB/s, as `benchmarks.Result.frame` gives them for one part
-    and width.
+    frame: columns name, role, tokens and y, which is "GB/s" or "of_yardstick", as
+    `benchmarks.Result.frame` gives them for one part and width.
     """
     ax = ax or plt.gca()
-    limit = frame.query("role == 'yardstick'").sort_values("tokens")
-    ax.plot(limit["tokens"], limit["GB/s"], "--", color=NEUTRAL, lw=1.5, label="yardstick")
-    rest = frame.query("role != 'yardstick'").sort_values("tokens")
+    frame = frame.sort_values("tokens", kind="stable")
+    limit, rest = frame.query("role == 'yardstick'"), frame.query("role != 'yardstick'")
+    ax.plot(limit["tokens"], limit[y], "--", color=NEUTRAL, lw=1.5, label="yardstick")
     names = list(rest["name"].unique())
     colors = sns.color_palette("colorblind", len(names))
     for name, color, marker in zip(names, colors, "osD^vPX*"[: len(names)], strict=True):
         rows = rest[rest["name"] == name]
-        ax.plot(rows["tokens"], rows["GB/s"], color=color, marker=marker, ms=5, label=name)
+        ax.plot(rows["tokens"], rows[y], color=color, marker=marker, ms=5, label=name)
     tokens = sorted(frame["tokens"].unique())
     ax.set_xscale("log", base=2)
     ax.set_xticks(tokens, [str(t) for t in tokens])
     ax.minorticks_off()
     ax.set_ylim(bottom=0)
-    ax.set(xlabel=LABELS["tokens"], ylabel=LABELS["GB/s"])
-    ax.legend(loc="upper left", frameon=False)
+    ax.set(xlabel=LABELS["tokens"], ylabel=LABELS[y])
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return ax
 
 

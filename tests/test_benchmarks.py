@@ -12,10 +12,12 @@ import math
 import subprocess
 import types
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from nvfp4lab import benchmarks, catalogue, cli
+from nvfp4lab import benchmarks, catalogue, cli, plots
 from nvfp4lab.benchmarks import cpu, inputs, machine, running, timing
 from nvfp4lab.benchmarks.results import Result, Sample
 from nvfp4lab.benchmarks.steps import Measured, Step
@@ -167,7 +169,7 @@ def test_shapes_that_cannot_keep_a_gpu_busy_are_not_tried():
 @pytest.mark.parametrize(
     ("sizes", "dtype", "why"),
     [
-        (((24, 32), (24, 8), (24,)), torch.int32, "groups of 64 elements by 16, got 24"),
+        (((24, 32), (24, 8), (24,)), torch.int32, "multiples of 16 groups of 64 elements, got 24"),
         (((16, 32), (16, 4), (16,)), torch.int32, r"contiguous int32 \(16, 8\)"),
         (((16, 32), (16, 8), (16,)), torch.int64, "got torch.int64"),
     ],
@@ -287,6 +289,17 @@ def test_the_fastest_of_a_role_counts():
     slower = dataclasses.replace(result().samples[0], runs_us=(9.0,))
     both = result(samples=(slower, *result().samples))
     assert both.ratio(both.samples[2], "yardstick") == 0.8
+
+
+def test_only_samples_of_a_group_are_compared():
+    samples = [
+        Sample("measure", "slow", 1, 128, (50.0,), role="reference", group="slow"),
+        Sample("measure", "fast", 1, 128, (5.0,), role="reference", group="fast"),
+        Sample("measure", "slow", 1, 128, (2.0,), group="slow"),
+        Sample("measure", "fast", 1, 128, (1.0,), group="fast"),
+    ]
+    both = result(samples=tuple(samples))
+    assert both.frame()["of_reference"].tolist()[2:] == [25.0, 5.0]
 
 
 def test_the_table_has_a_part_after_the_other():
@@ -424,6 +437,20 @@ def test_a_plot_is_drawn_of_what_was_staged(monkeypatch, tmp_path, capsys):
     plot = tmp_path / "staging.png"
     assert cli.main(["bench", "--plot", str(plot)]) == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("y", ["GB/s", "of_yardstick"])
+def test_the_plot_has_a_line_a_name_with_the_numbers_of_the_frame(y):
+    frame = result().frame().query("part == 'staging'")
+    ax = plots.speed_over_tokens(frame, y, Figure().subplots())
+    drawn = {line.get_label(): line for line in ax.get_lines()}
+    assert list(drawn) == ["yardstick", "nvfp4", "seed"]
+    for name, line in drawn.items():
+        rows = frame.query("name == @name").sort_values("tokens")
+        assert np.array_equal(np.asarray(line.get_xdata(), float), rows["tokens"])
+        assert np.array_equal(np.asarray(line.get_ydata(), float), rows[y], equal_nan=True)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "16"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("tokens", plots.LABELS[y])
 
 
 @pytest.mark.parametrize("option", ["--out", "--plot"])

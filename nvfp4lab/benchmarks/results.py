@@ -21,7 +21,7 @@ import pandas as pd
 OF_REFERENCE = {"staging": "of_seed", "measure": "of_eager", "cpu": "of_peer"}
 DIGITS = {"GB/s": 0, "of_yardstick": 3}
 SHOWN = ["name", "tokens", "width", "us", "spread_us", "GB/s", "of_yardstick"]
-KEYS = ("part", "name", "tokens", "width", "runs_us", "bytes", "role", "note")
+KEYS = ("part", "name", "tokens", "width", "runs_us", "bytes", "role", "note", "group")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Sample:
     activations. runs_us: microseconds of one call, a number a run. bytes: that one call has to
     read and write; 0 where that is not what bounds it. role: "yardstick" for what cannot be beaten,
     "reference" for what is there to be beaten. note: how it was done, where that is not plain.
+    group: only samples of one group are compared with each other.
     """
 
     part: str
@@ -42,6 +43,12 @@ class Sample:
     bytes: int = 0
     role: Literal["yardstick", "reference", "measured"] = "measured"
     note: str = ""
+    group: str = ""
+
+    @property
+    def case(self) -> tuple[str, str, int, int]:
+        """What samples share that are compared with each other."""
+        return self.part, self.group, self.tokens, self.width
 
     @property
     def us(self) -> float:
@@ -71,17 +78,14 @@ class Result:
     failed: tuple[str, ...] = ()
 
     def ratio(self, sample: Sample, role: str) -> float:
-        """The time of the fastest of that role with the sample's part, tokens and width, over the
-        sample's own: 1 is as fast, 10 ten times as fast; NaN where there is none."""
-        case = sample.part, sample.tokens, sample.width
-        same = (
-            s.us for s in self.samples if s.role == role and case == (s.part, s.tokens, s.width)
-        )
-        return min(same, default=math.nan) / sample.us
+        """The time of the fastest of that role and the sample's case over the sample's own: 1 is as
+        fast, 10 ten times as fast; NaN where there is none."""
+        rivals = (s.us for s in self.samples if s.role == role and s.case == sample.case)
+        return min(rivals, default=math.nan) / sample.us
 
     def frame(self) -> pd.DataFrame:
-        """A row a sample, columns part, name, tokens, width, bytes, role, note, us, spread_us,
-        GB/s, of_yardstick and of_reference: its `ratio` to each."""
+        """A row a sample, columns part, name, tokens, width, bytes, role, note, group, us,
+        spread_us, GB/s, of_yardstick and of_reference: its `ratio` to each."""
         return pd.DataFrame([self._row(sample) for sample in self.samples])
 
     def _row(self, sample: Sample) -> dict[str, Any]:

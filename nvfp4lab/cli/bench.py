@@ -65,9 +65,14 @@ def _draw(result, path: Path) -> None:
     if frame.empty:
         print(f"nvfp4lab: nothing was staged, so there is no {path}", file=sys.stderr)
         return
-    widths = sorted(frame["width"].unique())
-    figure = Figure(figsize=(6.4 * len(widths), 4.2), layout="constrained")
-    for ax, width in zip(figure.subplots(1, len(widths), squeeze=False)[0], widths, strict=True):
-        plots.bandwidth(frame[frame["width"] == width], ax=ax)
-        ax.set_title(f"{width} wide, {result.machine['gpu']['name']}")
+    widths, shown = sorted(frame["width"].unique()), ("GB/s", "of_yardstick")
+    figure = Figure(figsize=(5.6 * len(widths) + 1.6, 7.2), layout="constrained")
+    grid = figure.subplots(len(shown), len(widths), sharex=True, sharey="row", squeeze=False)
+    for row, y in zip(grid, shown, strict=True):
+        for ax, width in zip(row, widths, strict=True):
+            plots.speed_over_tokens(frame[frame["width"] == width], y, ax)
+            ax.set_title(f"staging, {width} wide, {result.machine['gpu']['name']}")
+            ax.label_outer()
+            if ax is not grid[0][-1]:
+                ax.get_legend().remove()
     figure.savefig(path, dpi=144)
