@@ -446,7 +446,7 @@ def test_the_plot_has_a_line_a_name_with_the_numbers_of_the_frame(y):
     drawn = {line.get_label(): line for line in ax.get_lines()}
     assert list(drawn) == ["yardstick", "nvfp4", "seed"]
     for name, line in drawn.items():
-        rows = frame.query("name == @name").sort_values("tokens")
+        rows = frame.query(f"name == {name!r}").sort_values("tokens")
         assert np.array_equal(np.asarray(line.get_xdata(), float), rows["tokens"])
         assert np.array_equal(np.asarray(line.get_ydata(), float), rows[y], equal_nan=True)
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "16"]

@@ -114,8 +114,7 @@ class Result:
         samples = []
         for sample in self.samples:
             entry = {key: getattr(sample, key) for key in KEYS}
-            entry["runs_us"] = [round(us, 4) for us in sample.runs_us]
-            entry |= {"us": round(sample.us, 4), "spread_us": round(sample.spread_us, 4)}
+            entry |= {"us": sample.us, "spread_us": round(sample.spread_us, 4)}
             ratios = {
                 "of_yardstick": self.ratio(sample, "yardstick"),
                 OF_REFERENCE.get(sample.part, "of_reference"): self.ratio(sample, "reference"),
@@ -132,7 +131,7 @@ class Result:
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
-        """What `to_json` wrote, runs rounded to 0.1 ns. Raises: ValueError if a file is none."""
+        """What `to_json` wrote. Raises: ValueError if a file is none."""
         try:
             given = json.loads(Path(path).read_text(encoding="utf-8"))
             samples = []

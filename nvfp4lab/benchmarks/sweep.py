@@ -71,7 +71,7 @@ def sweep(
     medians = [statistics.median(runs) for runs in times]
     case = {"direction": direction, "tokens": tokens, "width": width}
     rows = tuple(
-        case | asdict(shape) | {"elements": shape.elements, "us": round(us, 4)}
+        case | asdict(shape) | {"elements": shape.elements, "us": us}
         for shape, us in zip(shapes, medians, strict=True)
     )
     order = sorted(range(len(shapes)), key=medians.__getitem__)[:FINALISTS]

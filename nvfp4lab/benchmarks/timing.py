@@ -19,6 +19,8 @@ import torch
 
 LAUNCHES = 64  # of a graph, at the least
 US = 1e6
+SHORTEST = 1e-8  # seconds: less is the clock's grain
+DIGITS = 4  # of microseconds, which is 0.1 ns
 
 Call = Callable[[], object]
 
@@ -70,7 +72,7 @@ def time_graphs(graphs: Sequence[Graph], runs: int, run_seconds: float) -> list[
     for graph in graphs:
         graph.graph.replay()  # uploads it
         once = _replay(graph, 1) * graph.launches / US
-        replays.append(max(1, math.ceil(run_seconds / once)))
+        replays.append(max(1, math.ceil(run_seconds / max(once, SHORTEST))))
     taken = [[_replay(g, n) for g, n in zip(graphs, replays, strict=True)] for _ in range(runs)]
     return list(zip(*taken, strict=True))
 
@@ -83,7 +85,7 @@ def _replay(graph: Graph, replays: int) -> float:
         graph.graph.replay()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1e3 / (replays * graph.launches)
+    return round(start.elapsed_time(end) * 1e3 / (replays * graph.launches), DIGITS)
 
 
 def time_calls(
@@ -97,7 +99,7 @@ def time_calls(
     for call in calls:
         call()
         once = _wall(call, 1, wait) / US
-        repeats.append(max(1, math.ceil(run_seconds / once)))
+        repeats.append(max(1, math.ceil(run_seconds / max(once, SHORTEST))))
     taken = [[_wall(c, n, wait) for c, n in zip(calls, repeats, strict=True)] for _ in range(runs)]
     return list(zip(*taken, strict=True))
 
@@ -108,7 +110,7 @@ def _wall(call: Call, repeats: int, wait: Call) -> float:
     for _ in range(repeats):
         call()
     wait()
-    return (time.perf_counter() - start) * US / repeats
+    return round((time.perf_counter() - start) * US / repeats, DIGITS)
 
 
 def time_issuing(calls: Sequence[Call], runs: int, count: int) -> list[tuple[float, ...]]:
@@ -124,7 +126,7 @@ def time_issuing(calls: Sequence[Call], runs: int, count: int) -> list[tuple[flo
         start = time.perf_counter()
         for _ in range(count):
             call()
-        return (time.perf_counter() - start) * US / count
+        return round((time.perf_counter() - start) * US / count, DIGITS)
 
     taken = [[issue(call) for call in calls] for _ in range(runs)]
     torch.cuda.synchronize()
