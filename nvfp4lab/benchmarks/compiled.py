@@ -9,6 +9,7 @@ in a process without Triton's interpreter; `in_processes` starts such ones.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -23,6 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
+from unittest import mock
 
 from nvfp4lab.benchmarks import sass
 from nvfp4lab.benchmarks.kernels import KERNELS
@@ -53,8 +55,7 @@ def figures(name: str, target: int, file: Path | None = None) -> Figures:
     from triton import knobs
 
     kernel = KERNELS[name]
-    module = _load(file) if file else importlib.import_module(kernel.module)
-    compiled, grid = _compile(lambda: kernel.launch(module), target)
+    compiled, grid = _compile(lambda: kernel.launch(_fresh(kernel.module, file)), target)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -110,7 +111,11 @@ class _Launched(BaseException):
 
 
 def _compile(launch: Callable[[], Any], target: int) -> tuple[Any, tuple[int, ...]]:
-    """The first kernel that `launch` launches, compiled for the target, and its grid."""
+    """The first kernel that `launch` launches, compiled for the target, and its grid.
+
+    A launcher that asks torch for the device's compute capability gets the target's.
+    """
+    import torch
     import triton
 
     run, caught = triton.JITFunction.run, []
@@ -120,20 +125,27 @@ def _compile(launch: Callable[[], Any], target: int) -> tuple[Any, tuple[int, ..
         raise _Launched
 
     triton.runtime.driver.set_active(cast(Any, _Driver(target)))
-    triton.JITFunction.run = compile_only
-    try:
+    with (
+        mock.patch.object(triton.JITFunction, "run", compile_only),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: divmod(target, 10)),
+        mock.patch.object(torch.version, "cuda", torch.version.cuda or "of the target"),
+        contextlib.suppress(_Launched),
+    ):
         launch()
-    except _Launched:
-        return caught[0]
-    finally:
-        triton.JITFunction.run = run
-    raise RuntimeError("the launcher launched nothing")
+    if not caught:
+        raise RuntimeError("the launcher launched nothing")
+    return caught[0]
 
 
-def _load(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernel_to_compile", file)
+def _fresh(name: str, file: Path | None) -> ModuleType:
+    """The module, or the one that `file` would be in its place, with nothing cached from before."""
+    sys.modules.pop(name, None)
+    if file is None:
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
