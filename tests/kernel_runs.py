@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-
 PER_TOKEN = ("nvfp4-token", "vllm-megamoe")
 
 

@@ -192,13 +192,13 @@ def test_every_stageable_recipe_is_timed():
     from nvfp4lab.benchmarks.staging import SEED as SEED_RECIPE
     from nvfp4lab.benchmarks.staging import stageable
 
-    assert list(stageable()) == [n for n in catalogue.recipes() if n in staging._LAUNCHERS]
+    assert list(stageable()) == [n for n in catalogue.recipes() if n in staging._STAGEABLE]
     assert stageable()["nvfp4-token"] and not stageable()["nvfp4"]
     assert SEED_RECIPE in stageable()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
-@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-token"])
+@pytest.mark.parametrize("recipe", ["nvfp4", "vllm-megamoe"])
 def test_a_kernel_that_writes_something_else_is_not_measured(recipe, device):
     triton_only("triton")
     from nvfp4lab.benchmarks.staging import check_written, stage_set, stageable
@@ -207,12 +207,16 @@ def test_a_kernel_that_writes_something_else_is_not_measured(recipe, device):
     one = inputs.staging_sets(2, 128, TINY, l2_bytes=1, device=device)[0]
     stage_set(one, recipe, has_outer)
     check_written(one, recipe)
-    for name in ("x_fp4", "x_sf", "topk_idx_out", "topk_weights_out")[: None if has_outer else 4]:
+    for name in ("x_fp4", "x_sf", "topk_idx_out", "topk_weights_out"):
         kept = getattr(one, name).clone()
         getattr(one, name)[1, 0] += 1
         with pytest.raises(RuntimeError, match=f"{recipe} was timed, but wrote other {name}"):
             check_written(one, recipe)
         getattr(one, name).copy_(kept)
+    if has_outer:
+        one.x_scales[0] *= 2
+        with pytest.raises(RuntimeError, match="wrote other x_scales"):
+            check_written(one, recipe)
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-token"])

@@ -2,7 +2,7 @@
 
 A change that costs instructions or registers fails here and is seen in the diff of the file once
 `python -m nvfp4lab.benchmarks.compiled --write` has renewed it. Under a version of Triton that the
-file has no figures for, only spills fail.
+file has no figures for, only spills that are not in SPILLING fail.
 """
 
 import json
@@ -16,6 +16,8 @@ import triton
 from nvfp4lab.benchmarks import compiled, sass
 from nvfp4lab.benchmarks.kernels import KERNELS, Kernel
 
+# The portable form, which sm_80 gets, needs more than the 64 registers of a row's threads.
+SPILLING = {("vllm-megamoe", "80")}
 RENEW = "if it is meant: python -m nvfp4lab.benchmarks.compiled --write"
 
 
@@ -42,13 +44,13 @@ def changes(old: dict, new: dict) -> list[str]:
 def test_the_kernels_compile_to_what_is_committed(committed):
     found = compiled.in_processes()
     print(compiled.table(found))
-    spilling = [
-        f"{name} sm_{target}"
+    spilling = {
+        (name, target)
         for name, targets in found.items()
         for target, one in targets.items()
         if one["spills"]
-    ]
-    assert spilling == []
+    }
+    assert spilling == SPILLING
     if triton.__version__ in committed:
         differ = changes(committed[triton.__version__], found)
         assert not differ, "\n".join([*differ, RENEW])

@@ -8,6 +8,7 @@ added to the tables.
 
 import math
 
+import kernel_runs
 import numpy as np
 import proofs
 import pytest

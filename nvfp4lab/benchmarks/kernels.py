@@ -29,9 +29,13 @@ class Kernel:
     trips: int = 0
 
 
-def _stage(module: ModuleType, has_outer: bool = False) -> None:
+def _stage(module: ModuleType, recipe: str, has_outer: bool = False, aligned: bool = True) -> None:
+    hidden, *others = _staging_buffers()
+    if not aligned:
+        hidden = torch.empty(TOKENS * WIDTH + 1, dtype=torch.bfloat16)[1:].view(TOKENS, WIDTH)
     x_scales = torch.empty(TOKENS) if has_outer else None
-    module.launch(*_staging_buffers(), x_scales, None)
+    arguments = hidden, *others, x_scales, None
+    module.prepare(*arguments, recipe=recipe)(*arguments)
 
 
 def _seed(module: ModuleType) -> None:
@@ -67,13 +71,17 @@ def _staging_buffers() -> tuple[torch.Tensor, ...]:
     )
 
 
+_STAGING = functools.partial(Kernel, "nvfp4lab.kernels.staging")
+_YARDSTICK = functools.partial(Kernel, "nvfp4lab.kernels.yardstick")
+
 KERNELS = {
-    "nvfp4": Kernel("nvfp4lab.kernels.staging", _stage),
-    "nvfp4-token": Kernel(
-        "nvfp4lab.kernels.staging", functools.partial(_stage, has_outer=True), trips=4
-    ),
+    "nvfp4": _STAGING(functools.partial(_stage, recipe="nvfp4")),
+    "nvfp4, not aligned": _STAGING(functools.partial(_stage, recipe="nvfp4", aligned=False)),
+    "nvfp4-token": _STAGING(functools.partial(_stage, recipe="nvfp4-token", has_outer=True)),
+    "vllm-megamoe": _STAGING(functools.partial(_stage, recipe="vllm-megamoe", has_outer=True)),
+    "vllm-muse": _STAGING(functools.partial(_stage, recipe="vllm-muse")),
     "seed": Kernel("nvfp4lab.kernels.seed", _seed),
-    "yardstick-down": Kernel("nvfp4lab.kernels.yardstick", functools.partial(_yardstick, up=False)),
-    "empty": Kernel("nvfp4lab.kernels.yardstick", _empty, elements=128),
-    "yardstick-up": Kernel("nvfp4lab.kernels.yardstick", functools.partial(_yardstick, up=True)),
+    "yardstick-down": _YARDSTICK(functools.partial(_yardstick, up=False)),
+    "yardstick-up": _YARDSTICK(functools.partial(_yardstick, up=True)),
+    "empty": _YARDSTICK(_empty, elements=64),
 }

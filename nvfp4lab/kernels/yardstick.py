@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nvfp4lab.kernels.staging import POINTERS, SIZES
+
 GROUP = 64  # elements of 32 words of BF16, which become 8 words of codes and one of scales
 WORDS, CODE_WORDS = tl.constexpr(4), tl.constexpr(8)  # of BF16 for a code word; for a scale word
 GROUPS = 16  # that a tensor is a multiple of, so that every run of words starts on 16 bytes
@@ -103,12 +105,15 @@ def _up(
             _store(word, code + j, lane < here, STREAMING)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=POINTERS)
 def empty(
-    hidden, x_fp4, x_sf, x_scales, is_padding, ids, weights, idx_out, weights_out,
+    hidden, x_fp4, x_sf, x_scales, ids, weights, idx_out, weights_out, is_padding,
     hidden_row, x_fp4_row, x_sf_row, ids_row, ids_column, weights_row, weights_column,
     idx_out_row, idx_out_column, weights_out_row, weights_out_column,
-    WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_TOPK: tl.constexpr,
+    has_padding, tokens, copiers,
+    WIDTH: tl.constexpr, TOP_K: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
+    OUTER: tl.constexpr, NAN_SPOILS: tl.constexpr,
+    SCALE_FLOOR: tl.constexpr, ALIGNED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Nothing, with the staging kernel's arguments."""
 
@@ -138,14 +143,20 @@ def launch_empty(
     is_padding: torch.Tensor | None = None,
 ) -> None:
     """`empty` on one program, given what the staging kernel is given for these tensors."""
-    empty[(1, 1)](
-        hidden_states, x_fp4, x_sf, x_scales, is_padding,
+    tokens, width = hidden_states.shape
+    arguments = (
+        hidden_states, x_fp4, x_sf, x_scales,
         topk_ids, topk_weights, topk_idx_out, topk_weights_out,
+        x_fp4 if is_padding is None else is_padding.view(torch.uint8),
         hidden_states.stride(0), x_fp4.stride(0), x_sf.stride(0),
         *topk_ids.stride(), *topk_weights.stride(),
         *topk_idx_out.stride(), *topk_weights_out.stride(),
-        WIDTH=hidden_states.shape[1], TOP_K=topk_ids.shape[1], BLOCKS=128, BLOCK_TOPK=8,
-        num_warps=4,  # pyright: ignore[reportCallIssue]  (Triton's own argument)
+        int(is_padding is not None), tokens, 1,
+    )  # fmt: skip
+    empty[(1,)](
+        *arguments, WIDTH=width, TOP_K=topk_ids.shape[1], BLOCKS=64, TILES=1, OUTER=None,
+        NAN_SPOILS=True, SCALE_FLOOR=0.0, ALIGNED=True, PACKED=True,
+        num_warps=2,  # pyright: ignore[reportCallIssue]  (Triton's own argument)
     )  # fmt: skip
 
 
