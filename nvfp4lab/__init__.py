@@ -62,6 +62,7 @@ _HOME = {
     "sweep_statistics": "sweeps",
 }
 _MODULES = (
+    "benchmarks",
     "blocks",
     "capture",
     "catalogue",

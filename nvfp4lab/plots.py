@@ -22,6 +22,9 @@ LABELS = {
     "share": "share of blocks",
     "scale_code": "scale byte",
     "element": "element of the block",
+    "tokens": "tokens",
+    "GB/s": "read and written, GB/s",
+    "of_yardstick": "share of the yardstick's speed",
 }
 NEUTRAL, NAN_RED = "0.35", "#c0392b"
 
@@ -122,6 +125,31 @@ def explained_block(explanation: Explanation, ax: Axes | None = None) -> Axes:
     ax.set_xlabel(LABELS["element"])
     ax.set_ylabel("in units of the scale")
     ax.legend(loc="best")
+    return ax
+
+
+def speed_over_tokens(frame: pd.DataFrame, y: str = "GB/s", ax: Axes | None = None) -> Axes:
+    """A benchmark over the number of tokens, a line and a marker a name, the yardstick dashed.
+
+    frame: columns name, role, tokens and y, which is "GB/s" or "of_yardstick", as
+    `benchmarks.Result.frame` gives them for one part and width.
+    """
+    ax = ax or plt.gca()
+    frame = frame.sort_values("tokens", kind="stable")
+    limit, rest = frame.query("role == 'yardstick'"), frame.query("role != 'yardstick'")
+    ax.plot(limit["tokens"], limit[y], "--", color=NEUTRAL, lw=1.5, label="yardstick")
+    names = list(rest["name"].unique())
+    colors = sns.color_palette("colorblind", len(names))
+    for name, color, marker in zip(names, colors, "osD^vPX*"[: len(names)], strict=True):
+        rows = rest[rest["name"] == name]
+        ax.plot(rows["tokens"], rows[y], color=color, marker=marker, ms=5, label=name)
+    tokens = sorted(frame["tokens"].unique())
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(tokens, [str(t) for t in tokens])
+    ax.minorticks_off()
+    ax.set_ylim(bottom=0)
+    ax.set(xlabel=LABELS["tokens"], ylabel=LABELS[y])
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return ax
 
 

@@ -1,21 +1,11 @@
 """The kernels as functions of one tensor, for tests: launched directly, without `stage`'s checks.
 
-`run` is an implementation in the sense of `proofs.py`. Run as a script it compiles a kernel for
-sm_90 without a GPU, which Triton does only in a process that has no interpreter.
-May be changed: add a kernel to `run` and to SIGNATURES.
+`run` is an implementation in the sense of `proofs.py`. May be changed: add a kernel to `run`.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-
-PACKAGE = Path(__file__).resolve().parent.parent / "nvfp4lab"
-
 
 PER_TOKEN = ("nvfp4-token", "vllm-megamoe")
 
@@ -55,67 +45,3 @@ def bit_patterns(tokens: int, width: int, seed: int, largest: int = 0x7FFF) -> t
     magnitude = torch.where(draw(2, tokens, width // 16, 1) == 0, blocks, close)
     bits = magnitude | draw(2, *blocks.shape) << 15
     return bits.to(torch.int16).view(torch.bfloat16).reshape(tokens, width)
-
-
-# ---- Compiling without a GPU ----
-
-POINTERS = {
-    "hidden": "*bf16", "hidden_states": "*bf16", "x_fp4": "*u8", "x_sf": "*i32",
-    "x_scales": "*fp32", "is_padding": "*i1",
-    "ids": "*i32", "weights": "*bf16", "idx_out": "*i64", "weights_out": "*fp32",
-    "topk_ids": "*i64", "topk_weights": "*fp32",
-    "topk_idx_out": "*i64", "topk_weights_out": "*fp32",
-    "codes": "*u8", "scales": "*u8", "outer": "*fp32", "out": "*bf16",
-}  # fmt: skip
-KERNELS = {  # name: file, function, constants
-    "nvfp4": (
-        "staging.py", "_stage",
-        {"x_scales": None, "WIDTH": 7168, "TOP_K": 6, "BLOCKS": 128, "BLOCK_TOPK": 8},
-    ),
-    "nvfp4-token": (
-        "staging.py", "_stage",
-        {"is_padding": None, "WIDTH": 384, "TOP_K": 0, "BLOCKS": 32, "BLOCK_TOPK": 1},
-    ),
-    "seed": (
-        "seed.py", "_deepseek_v4_stage_mega_moe_inputs_kernel",
-        {"hidden_size": 7168, "top_k": 6, "BLOCK_K": 128, "GROUP_K": 16, "BLOCK_TOPK": 8},
-    ),
-    "dequantize": (
-        "dequantize.py", "_dequantize",
-        {"BLOCK": 16, "FORMAT": "E4M3", "ROWS": True, "LARGEST": 65504.0, "BYTES": 4,
-         "ALIGNED": True, "RUN": 512, "INTERPRETED": False},
-    ),
-}  # fmt: skip
-
-
-def compile_elsewhere(name: str, cache: Path, file: Path | None = None):
-    """Compile a kernel for sm_90 in a process of its own; from `file`, if given, for its source."""
-    file = file or PACKAGE / "kernels" / KERNELS[name][0]
-    environment = {key: v for key, v in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(PACKAGE.parent)}
-    command = [sys.executable, __file__, name, str(file)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-def compile_here(name: str, file: str) -> int:
-    """The size of the sm_90 binary."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    spec = importlib.util.spec_from_file_location("kernels_to_compile", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    kernel = getattr(module, KERNELS[name][1])
-    constants = {n: 1 for n in kernel.arg_names if "_stride_" in n} | KERNELS[name][2]
-    signature = {
-        n: "constexpr" if n in constants else POINTERS.get(n, "i64") for n in kernel.arg_names
-    }
-    new = [i for i, n in enumerate(kernel.arg_names) if n == "out"]  # so its address is aligned
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in new})
-    return len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"])
-
-
-if __name__ == "__main__":
-    print(f"{compile_here(*sys.argv[1:])} bytes")

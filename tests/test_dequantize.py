@@ -7,7 +7,6 @@ shapes may be added to the tables.
 import math
 from dataclasses import replace
 
-import kernel_runs
 import pytest
 import torch
 import triton
@@ -278,15 +277,3 @@ def test_more_than_2_to_the_31_elements(name, gpu):
         o = None if outer is None else outer[part].cpu()
         q = Quantized(codes[part].cpu(), scales[part].cpu(), o, recipe)
         require_same(got[part].cpu(), in_torch(q, torch.bfloat16))
-
-
-# ---- Compiling ----
-
-
-def test_the_aligned_kernel_moves_16_bytes_at_a_time_and_nothing_between_threads(tmp_path):
-    done = kernel_runs.compile_elsewhere("dequantize", tmp_path)
-    assert done.returncode == 0, done.stderr
-    (ptx,) = tmp_path.glob("*/*.ptx")
-    ptx = ptx.read_text()
-    assert "st.global.v4.b32" in ptx and "ld.global.b32" in ptx
-    assert not [word for word in ("st.shared", "bar.sync", "shfl.sync") if word in ptx]

@@ -28,7 +28,7 @@ LAYERS = (
     {"codec"},
     {"staging"},
     {"errors"},
-    {"sweeps", "theory", "diagnose", "experts"},
+    {"sweeps", "theory", "diagnose", "experts", "benchmarks"},
     {"plots"},
     {"report"},
     {"cli"},

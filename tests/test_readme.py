@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -12,6 +13,7 @@ import pytest
 import nvfp4lab as nv
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "data"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -38,6 +40,31 @@ def test_the_picture_is_the_notebooks_first_figure():
     figure = next(o.data["image/png"] for o in outputs if "image/png" in o.get("data", {}))
     picture = (ROOT / "notebooks" / "images" / "01_staging.png").read_bytes()
     assert picture == base64.b64decode(figure), "run: nvfp4lab study --in-place"
+
+
+def test_the_speeds_are_those_of_the_measured_file():
+    import make_speed
+
+    assert f"<!-- {make_speed.NAME} -->" in README
+    assert make_speed.renewed(README) == README, "run: python data/make_speed.py"
+
+
+def test_the_table_of_speeds_has_every_name_and_number_of_tokens():
+    import make_speed
+
+    from nvfp4lab.benchmarks import Result, Sample
+
+    samples = [
+        Sample("staging", "yardstick", 8192, 7168, (40.0,), role="yardstick"),
+        Sample("staging", "nvfp4", 8192, 7168, (50.0,)),
+        Sample("staging", "yardstick", 1, 7168, (2.5,), role="yardstick"),
+        Sample("staging", "nvfp4", 1, 7168, (3.12,)),
+        Sample("staging", "nvfp4", 1, 4096, (1.0,)),
+    ]
+    assert make_speed.speed(Result({}, {}, tuple(samples))) == (
+        "| tokens x 7168 | 1 | 8192 |\n| --- | --- | --- |\n"
+        "| yardstick | 2.5 us | 40.0 us |\n| `nvfp4` | 3.1 us (0.80) | 50.0 us (0.80) |\n"
+    )
 
 
 def test_every_path_of_the_map_and_every_link_exists():

@@ -5,6 +5,8 @@ A twin is compared inside a kernel that counts where the two differ, so that 10^
 moment: `gpu` only, as inline PTX is. May be changed: a step gets its test here.
 """
 
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
 import math
 
 import pytest

@@ -1,5 +1,5 @@
-"""Triton kernels. Imported when one is to run, by `nvfp4lab.staging`, `nvfp4lab.quantized` and
-`nvfp4lab.statistics.in_triton`, and by nothing else.
+"""Triton kernels. Imported when one is to run, by `nvfp4lab.staging`, `nvfp4lab.quantized`,
+`nvfp4lab.statistics.in_triton` and `nvfp4lab.benchmarks`, and by nothing else.
 
 numerics.py   encoders and decoders as Triton functions
 steps.py      what takes blocks to bytes, a number at a time
@@ -9,4 +9,5 @@ dequantize.py codes and scales to BF16, FP16 or float32
 errors.py     what the error of a tensor is made of, counted and added up
 counting.py   launches of errors.py
 seed.py       the user's kernel and launcher, kept as written
+yardstick.py  the same bytes moved and nothing else, which the others are held against
 """

@@ -19,8 +19,6 @@ COPIES = 512  # of the totals
 PROGRAMS = 4096  # a launch has about as many, however many rows there are
 BLOCKS = 64  # of a row that a program works on together, one for each thread
 CHANNELS = 512  # the same of channels
-COUNTED_AT_ONCE = False  # quotients: by `tl.histogram`, or each by an atomic
-UNROLL = 2  # elements of a block in a turn of the loop
 NOT_FUSED = {"enable_fp_fusion": False}
 
 
@@ -92,7 +90,6 @@ def count(piece: Piece, qsnr_edges: torch.Tensor, constants: dict) -> Totals:
     errors._count_blocks[(runs * triton.cdiv(rows, at_once),)](
         *vars(piece).values(), qsnr_edges, *of_blocks, runs, rows, at_once, in_row, *strides,
         BLOCKS=in_tile, COPIES=COPIES, **piece.constants(), **constants,
-        COUNTED_AT_ONCE=COUNTED_AT_ONCE, UNROLL=UNROLL,
         num_warps=triton.cdiv(in_tile, 32), **NOT_FUSED,
     )  # fmt: skip
     return totals

@@ -178,8 +178,7 @@ def _count_blocks(
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, COPIES: tl.constexpr, PACKED: tl.constexpr,
     LARGEST_ELEMENT: tl.constexpr, INVERSE_WIDTH: tl.constexpr, QUOTIENT_BINS: tl.constexpr,
     FIRST_EXPONENT: tl.constexpr, CREST_FROM: tl.constexpr, CREST_PER_UNIT: tl.constexpr,
-    CREST_COUNT: tl.constexpr, QSNR_COUNT: tl.constexpr, COUNTED_AT_ONCE: tl.constexpr,
-    UNROLL: tl.constexpr,
+    CREST_COUNT: tl.constexpr, QSNR_COUNT: tl.constexpr,
 ):  # fmt: skip
     """Program i: run i % runs of BLOCKS blocks, one for each thread, through run i // runs of rows.
 
@@ -219,7 +218,7 @@ def _count_blocks(
         largest_counted = amax - 1.0
         lost = tl.zeros([BLOCKS], tl.int32)
         finite_count = lost
-        for lane in tl.range(0, BLOCK, loop_unroll_factor=UNROLL):
+        for lane in range(0, BLOCK):
             at = row * row_stride + (block.to(tl.int64) * BLOCK + lane) * column_stride
             x32, code = _load_element(x, codes, at, place * BLOCK + lane, inside, PACKED)
             q32 = _decode(tl.load(element_values + code), s, outer)
@@ -261,12 +260,7 @@ def _count_blocks(
             wrong = usable_here & (e != 0)
             tl.atomic_add(sums + QUOTIENT_E + bin, outward, mask=wrong & (x32 != 0), sem="relaxed")
             tl.atomic_add(sums + QUOTIENT_EE + bin, in_steps * in_steps, mask=wrong, sem="relaxed")
-            if COUNTED_AT_ONCE:
-                quotient_counts += tl.histogram(
-                    tl.where(usable_here, bin, QUOTIENTS - 1), QUOTIENTS
-                )
-            else:
-                tl.atomic_add(counts + QUOTIENT_COUNTS + bin, 1, mask=usable_here, sem="relaxed")
+            quotient_counts += tl.histogram(tl.where(usable_here, bin, QUOTIENTS - 1), QUOTIENTS)
 
         nonfinite += tl.where(inside, BLOCK - finite_count, 0)
         largest_amax = tl.maximum(largest_amax, amax)
@@ -308,10 +302,9 @@ def _count_blocks(
     tl.atomic_add(counts + NONFINITE + 1, tl.sum(nonzero, axis=0), sem="relaxed")
     tl.atomic_add(counts + NONFINITE + 2, tl.sum(flushed, axis=0), sem="relaxed")
     tl.atomic_add(counts + NONFINITE + 3, tl.sum(saturated, axis=0), sem="relaxed")
-    if COUNTED_AT_ONCE:
-        tl.atomic_add(
-            counts + QUOTIENT_COUNTS + tl.arange(0, QUOTIENTS), quotient_counts, sem="relaxed"
-        )
+    tl.atomic_add(
+        counts + QUOTIENT_COUNTS + tl.arange(0, QUOTIENTS), quotient_counts, sem="relaxed"
+    )
 
     # float64 numbers from 0 up are ordered as their bits are.
     _raise(largest, tl.max(max_abs_e, axis=0))

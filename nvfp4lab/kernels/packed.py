@@ -9,6 +9,8 @@ are each one instruction, and a product and a sum of FP16 numbers are rounded on
 four words, half a block; the text below is joined from pieces.
 """
 
+# pyright: reportArgumentType=false
+
 import triton
 import triton.language as tl
 

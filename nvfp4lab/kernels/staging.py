@@ -15,6 +15,8 @@ subnormal under any outer scale from 2^-100 up, is smaller than half the least s
 of it, and stands for zero either way.
 """
 
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,6 +24,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 
 from nvfp4lab.kernels import steps
 from nvfp4lab.kernels.numerics import power_of_two, token_outer_exponent
@@ -262,7 +265,7 @@ def plan(recipe: str, width: int) -> Plan:
 @functools.cache
 def is_packed(device: torch.device) -> bool:
     """Whether the target has the instructions of `packed`; Triton's interpreter has not."""
-    if triton.knobs.runtime.interpret or torch.version.cuda is None:
+    if knobs.runtime.interpret or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
@@ -302,7 +305,7 @@ def prepare(
     )  # fmt: skip
     constants = (width, top_k, blocks, planned.tiles, *DECISIONS[recipe].values())
     packed = is_packed(hidden_states.device)
-    options = {"num_warps": planned.warps, "maxnreg": planned.registers}
+    options = {"num_warps": planned.warps, "maxnreg": planned.registers if packed else None}
     rows_at = 2 * hidden_states.stride(0) | 2 * x_fp4.stride(0)
     compiled = {}
 
