@@ -19,7 +19,7 @@ from nvfp4lab import catalogue, layouts, quantized
 from nvfp4lab.blocks import quantize_blocks
 from nvfp4lab.lookup import Table, table_of
 from nvfp4lab.outer import OuterScale, outer_from_amax
-from nvfp4lab.quantized import DTYPES, Quantized, spans
+from nvfp4lab.quantized import DTYPES, Quantized, chunk_on, spans
 from nvfp4lab.rules import Recipe
 
 LARGEST_BF16 = torch.finfo(torch.bfloat16).max
@@ -107,7 +107,7 @@ def find_outer(
 
 def iter_blocks(x: torch.Tensor, block: int) -> Iterator[tuple[int, int, torch.Tensor]]:
     """(start, stop, float32 copy [stop - start, block]) over all blocks of x, row-major."""
-    for start, stop in spans(x.numel() // block, block):
+    for start, stop in spans(x.numel() // block, block, chunk_on(x.device)):
         yield start, stop, blocks_of(x, block, start, stop).to(torch.float32, copy=True)
 
 

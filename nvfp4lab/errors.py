@@ -20,7 +20,7 @@ from nvfp4lab import catalogue
 from nvfp4lab.blocks import quantize_blocks
 from nvfp4lab.codec import check_input, find_outer, quantize
 from nvfp4lab.outer import OuterScale
-from nvfp4lab.quantized import CHUNK, CHUNK_ON_GPU, DTYPES, Quantized
+from nvfp4lab.quantized import DTYPES, Quantized, chunk_on
 from nvfp4lab.rules import Recipe
 from nvfp4lab.staging import stage
 from nvfp4lab.statistics import Statistics, Tally, in_torch, in_triton
@@ -137,8 +137,7 @@ class _Walk:
         *lead, width = x.shape
         if not x.numel():
             return
-        on_gpu = COUNTED_BY_KERNEL if self.by_kernel else CHUNK_ON_GPU
-        chunk = CHUNK if x.device.type == "cpu" else on_gpu
+        chunk = COUNTED_BY_KERNEL if self.by_kernel else chunk_on(x.device)
         blocks_in_row, part, step = width // block, max(1, chunk // block), max(1, chunk // width)
         for row in range(0, math.prod(lead), step):
             rows = _rows(x, row, min(row + step, math.prod(lead)))
@@ -168,7 +167,7 @@ def _quantized(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The codes uint8 [n, block] and stored scales [n] of a piece in torch, a chunk at a time."""
     blocks = part.reshape(-1, recipe.scale.block)
-    in_row, step = x.shape[-1] // blocks.shape[1], max(1, CHUNK_ON_GPU // blocks.shape[1])
+    in_row, step = x.shape[-1] // blocks.shape[1], max(1, chunk_on(x.device) // blocks.shape[1])
     done = []
     for start in range(0, len(blocks), step):
         stop = min(start + step, len(blocks))

@@ -226,6 +226,11 @@ def spans(count: int, block: int, chunk: int | None = None) -> Iterator[tuple[in
     return ((start, min(start + step, count)) for start in range(0, count, step))
 
 
+def chunk_on(device: torch.device) -> int:
+    """How many elements are worked on at a time there."""
+    return CHUNK if device.type == "cpu" else CHUNK_ON_GPU
+
+
 def outer_of_blocks(g: torch.Tensor, blocks_in_row: int, start: int, stop: int) -> torch.Tensor:
     """The outer scale of each of the blocks start to stop: () or [stop - start, 1]."""
     if g.ndim == 0:

@@ -3,7 +3,8 @@
 The caller cuts the rows into pieces: any number of whole rows, or a part of one row. Each block's
 and each row's own sums depend on nothing outside it, so histograms and worst blocks do not depend
 on the cut; sums carry their rounding error along from piece to piece (Knuth's two-sum). What a
-piece adds is counted by `in_torch` or by `in_triton`; a GPU is waited for only in `statistics`.
+piece adds is counted by `in_torch` or by `in_triton`; with the latter a GPU is waited for only in
+`statistics`.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Tally:
         self._add_rows(piece, counted.rows)
         if len(counted.worst["token"]):
             self._candidates.append(counted.worst)
-        if x.device.type == "cpu":
+        if self._count is in_torch.count:  # it waits anyway, and then passes over all the others
             self._merge_candidates()
 
     def statistics(self) -> Statistics:
