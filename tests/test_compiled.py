@@ -16,7 +16,6 @@ import triton
 from nvfp4lab.benchmarks import compiled, sass
 from nvfp4lab.benchmarks.kernels import KERNELS, Kernel
 
-
 SPILLING: set[tuple[str, str]] = set()
 RENEW = "if it is meant: python -m nvfp4lab.benchmarks.compiled --write"
 

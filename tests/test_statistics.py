@@ -267,7 +267,7 @@ def test_a_worst_block_can_be_explained(recipe):
 @pytest.mark.parametrize("cuts", [(0, 61), (0, 1, 61), (0, 20, 21, 40, 61)])
 def test_parts_in_any_order_add_up_to_the_whole(recipe, cuts, monkeypatch):
     x = drawn(61)
-    monkeypatch.setattr("nvfp4lab.errors.CHUNK", 1024)
+    monkeypatch.setattr("nvfp4lab.quantized.CHUNK", 1024)
     whole = nv.measure(x, recipe)
     parts = [
         nv.errors.measure_rows(x[a:b], nv.recipe(recipe), first_token=a)
@@ -291,7 +291,7 @@ def test_addition_is_commutative_to_the_bit():
 
 def test_a_small_error_is_not_lost_among_large_ones(monkeypatch):
     """400 chunks that round: the running sums carry what they lose."""
-    monkeypatch.setattr("nvfp4lab.errors.CHUNK", 16)
+    monkeypatch.setattr("nvfp4lab.quantized.CHUNK", 16)
     x = torch.rand(400, 16, generator=torch.Generator().manual_seed(0)) * 1e8
     got, q = nv.measure(x, "nvfp4"), nv.quantize(x, "nvfp4")
     xx = math.fsum((x.double() ** 2).flatten().tolist())

@@ -218,7 +218,7 @@ def _count_blocks(
         largest_counted = amax - 1.0
         lost = tl.zeros([BLOCKS], tl.int32)
         finite_count = lost
-        for lane in range(0, BLOCK):
+        for lane in range(BLOCK):
             at = row * row_stride + (block.to(tl.int64) * BLOCK + lane) * column_stride
             x32, code = _load_element(x, codes, at, place * BLOCK + lane, inside, PACKED)
             q32 = _decode(tl.load(element_values + code), s, outer)
