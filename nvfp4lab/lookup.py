@@ -12,7 +12,7 @@ cannot say. To make more recipes fast, widen `_applies`; what a recipe means is 
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,7 +31,7 @@ INFINITY = 0x7F80  # its bits, and the number of finite magnitudes
 ORDINARY = 0x4780  # 2**16: a table that ends below it is not worth having
 STRIDE = 64  # magnitudes between those that `_find_steps` samples: half a binade
 NEVER = 0x7FFF  # no magnitude is above it
-AT_ONCE = 1 << 20  # elements that all threads together work on: 30 MB of intermediates
+THREADS = 8  # at most: each has 6 MB of intermediates, and they wait for each other in Python
 STEPS, SIGN = 7, 8  # steps from code 0 to 7; the code's sign bit
 
 # Four BF16 are worked on as one int64 where that is faster, each in a lane of 16 bits.
@@ -65,13 +65,10 @@ class Table:
 
         piece_of(start, stop): these of the n blocks, BF16 [stop - start, block], contiguous.
         """
-        kept = threading.local()
 
         def quantize_piece(span: tuple[int, int]) -> None:
             start, stop = span
-            room = getattr(kept, "room", None)
-            if room is None or room.blocks != stop - start:
-                room = kept.room = _Room(stop - start, self)
+            room = _room(stop - start, self)
             piece, of_scales = piece_of(start, stop), scales[start:stop]
             amax = self._quantize_below_limit(piece, codes[start:stop], of_scales, room)
             if amax.max() >= self.limit:
@@ -80,9 +77,10 @@ class Table:
                     piece[beyond].float(), _one(), self.recipe, piece.dtype
                 )
                 codes[start + beyond] = pack_nibbles(of_elements.to(torch.uint8))
+            _ROOMS.append(room)
 
-        chunk = min(quantized.CHUNK, AT_ONCE // torch.get_num_threads())
-        threads.for_each(quantize_piece, spans(len(scales), self.recipe.scale.block, chunk))
+        pieces = spans(len(scales), self.recipe.scale.block, quantized.CHUNK)
+        threads.for_each(quantize_piece, pieces, THREADS)
 
     def _quantize_below_limit(
         self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, room: _Room
@@ -121,7 +119,7 @@ class _Room:
 
     def __init__(self, blocks: int, table: Table):
         words = table.recipe.scale.block // 4
-        self.blocks = blocks
+        self.shape = blocks, words, len(table.steps)
         self.words = _empty(words, blocks)
         self.elements = _lanes(self.words)
         self.negative = torch.empty_like(self.elements)
@@ -138,6 +136,18 @@ class _Room:
         self.code_words = torch.empty_like(self.words)
         self.code = _lanes(self.code_words)
         self.top = self.code.view(words, blocks, 4)[:, :, 3]
+
+
+_ROOMS: deque[_Room] = deque(maxlen=2)  # that no thread is in: new memory costs as much as the work
+
+
+def _room(blocks: int, table: Table) -> _Room:
+    try:
+        room = _ROOMS.pop()
+    except IndexError:
+        return _Room(blocks, table)
+    fits = room.shape == (blocks, table.recipe.scale.block // 4, len(table.steps))
+    return room if fits else _Room(blocks, table)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:

@@ -19,8 +19,9 @@ import torch
 Item = TypeVar("Item")
 
 
-def for_each(work: Callable[[Item], object], items: Iterable[Item]) -> None:
-    """work(item) for every item, in any order, on up to `torch.get_num_threads()` threads.
+def for_each(work: Callable[[Item], object], items: Iterable[Item], most: int = 8) -> None:
+    """work(item) for every item, in any order, on `most` or `torch.get_num_threads()` threads, the
+    fewer of both.
 
     Operations in work are not split; it runs in inference mode. What it raises, this raises. A
     thread of the caller's that first uses torch in the moment in which this starts may take over
@@ -28,7 +29,7 @@ def for_each(work: Callable[[Item], object], items: Iterable[Item]) -> None:
     """
     remaining = deque(items)
     of_torch = torch.get_num_threads()
-    threads = min(of_torch, len(remaining)) if torch.backends.openmp.is_available() else 1
+    threads = min(of_torch, most, len(remaining)) if torch.backends.openmp.is_available() else 1
 
     @torch.inference_mode()
     def work_off() -> None:
