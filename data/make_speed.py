@@ -1,4 +1,4 @@
-"""Rewrites the table of speeds in the project's README.md from benchmarks/h200.json.
+"""Rewrites the table of speeds in the project's README.md from benchmarks/h100.json.
 
     python data/make_speed.py
 
@@ -7,20 +7,21 @@ table shows.
 """
 
 from pathlib import Path
+from typing import Any
 
 from make_card import TABLE, as_markdown
 
 from nvfp4lab.benchmarks import Result
 
 HERE = Path(__file__).parent
-MEASURED = HERE / "benchmarks" / "h200.json"
+MEASURED = HERE / "benchmarks" / "h100.json"
 README = HERE.parent / "README.md"
 NAME, WIDTH = "speed", 7168
 
 
 def speed(result: Result) -> str:
     """Staging at WIDTH: a row a name, a column a number of tokens, microseconds and the share of
-    the yardstick's speed."""
+    the yardstick's speed; above it, what it was measured on."""
     staged = [s for s in result.samples if (s.part, s.width) == ("staging", WIDTH)]
     rows = []
     for name in dict.fromkeys(sample.name for sample in staged):
@@ -29,7 +30,15 @@ def speed(result: Result) -> str:
             share = f" ({result.ratio(sample, 'yardstick'):.2f})" if name != "yardstick" else ""
             row[str(sample.tokens)] = f"{sample.us:.1f} us{share}"
         rows.append(row)
-    return as_markdown(rows)
+    return f"{measured_on(result.machine)}\n\n" + as_markdown(rows)
+
+
+def measured_on(machine: dict[str, Any]) -> str:
+    versions = machine["versions"]
+    return (
+        f"{machine['gpu']['name']}, Triton {versions['triton']}, torch {versions['torch']}, "
+        f"{machine['date'][:10]}; microseconds, and in brackets the share of the yardstick's speed:"
+    )
 
 
 def renewed(text: str) -> str:

@@ -61,7 +61,14 @@ def test_the_table_of_speeds_has_every_name_and_number_of_tokens():
         Sample("staging", "nvfp4", 1, 7168, (3.12,)),
         Sample("staging", "nvfp4", 1, 4096, (1.0,)),
     ]
-    assert make_speed.speed(Result({}, {}, tuple(samples))) == (
+    machine = {
+        "gpu": {"name": "a card"},
+        "versions": {"triton": "3.6.0", "torch": "2.11.0"},
+        "date": "2026-11-25T23:11:51+00:00",
+    }
+    assert make_speed.speed(Result(machine, {}, tuple(samples))) == (
+        "a card, Triton 3.6.0, torch 2.11.0, 2026-11-25; "
+        "microseconds, and in brackets the share of the yardstick's speed:\n\n"
         "| tokens x 7168 | 1 | 8192 |\n| --- | --- | --- |\n"
         "| yardstick | 2.5 us | 40.0 us |\n| `nvfp4` | 3.1 us (0.80) | 50.0 us (0.80) |\n"
     )
