@@ -33,6 +33,21 @@ def speed(result: Result) -> str:
     return f"{measured_on(result.machine)}\n\n" + as_markdown(rows)
 
 
+def in_words(result: Result) -> str:
+    """The ratios that the table does not have."""
+    at = {(s.part, s.name): s for s in result.samples if s.width == WIDTH and s.tokens in (1, 8192)}
+    seed = at["staging", "seed"].us
+    measured, launched = at["measure", "nvfp4"], at["host", "nvfp4"]
+    return (
+        f"At 8192 tokens `nvfp4` is {seed / at['staging', 'nvfp4'].us:.1f} times as fast as the "
+        f"user's kernel, the yardstick {seed / at['staging', 'yardstick'].us:.1f} times. "
+        f'`nv.measure(x, "nvfp4")` of as much takes {measured.us / 1000:.1f} ms, '
+        f"{result.ratio(measured, 'reference'):.0f} times less than in torch eager; a call of "
+        f"`stage_mega_moe_inputs` takes the host {launched.us:.0f} us, an empty Triton launch "
+        f"{at['host', 'empty launch'].us:.0f}.\n"
+    )
+
+
 def measured_on(machine: dict[str, Any]) -> str:
     versions = machine["versions"]
     return (
@@ -42,8 +57,9 @@ def measured_on(machine: dict[str, Any]) -> str:
 
 
 def renewed(text: str) -> str:
-    """The README with the table as the file has it; without a table where there is no file."""
-    table = speed(Result.load(MEASURED)) if MEASURED.exists() else ""
+    """The README with the table and the ratios as the file has them."""
+    result = Result.load(MEASURED)
+    table = f"{speed(result)}\n{in_words(result)}"
     return TABLE.sub(lambda m: m["start"] + table + m["end"] if m["name"] == NAME else m[0], text)
 
 

@@ -68,7 +68,10 @@ def count(text: str) -> Counts:
     Raises: ValueError if there is no instruction, or a jump whose target is not written down.
     """
     code = [
-        _Instruction(int(address, 16), bool(guard), opcode, operands.strip())
+        # Some tools write scheduling hints behind the operands: "&req={2} ?trans5".
+        _Instruction(
+            int(address, 16), bool(guard), opcode, re.split(r"\s+[&?]", operands)[0].strip()
+        )
         for address, guard, opcode, operands in _LINE.findall(text)
     ]
     if not code:
