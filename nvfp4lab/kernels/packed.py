@@ -11,6 +11,8 @@ four words, half a block; the text below is joined from pieces.
 
 # pyright: reportArgumentType=false
 
+import struct
+
 import triton
 import triton.language as tl
 
@@ -51,6 +53,7 @@ _REGISTERS = ".reg .b32 x<4>, c<4>, y, a, b, s, one, two, three, five, half, las
 
 
 def _companding(nan_is_zero: bool, keeps_sign_of_zero: bool) -> str:
+    """As `encode_divided` says. The constants are 2, 1/2, 1, 3, 5 and 1023 in FP16."""
     words, shift, bound, reciprocal, spoiled = _operands(5)
     text = _REGISTERS + "mov.b32 two, 0x40004000; mov.b32 half, 0x38003800;\n"
     text += f"mul.f16x2 two, {reciprocal[0]}, two; mul.f16x2 half, {reciprocal[0]}, half;\n"
@@ -71,6 +74,8 @@ def _companding(nan_is_zero: bool, keeps_sign_of_zero: bool) -> str:
 
 
 def _counting() -> str:
+    """As `encode_counted` says: one of the first and of the second term counts, of the third three
+    binades, of the fourth two."""
     words, first, second, third, fourth = _operands(5)
     text = _REGISTERS + _magnitudes(words, nan_is_zero=False)
     text += "mov.b32 one, 0x00010001; mov.b32 two, 0x017F017F; mov.b32 three, 0x01FF01FF;\n"
@@ -93,9 +98,33 @@ def _counting() -> str:
     return "{\n" + text + "}"
 
 
+def _thresholds() -> str:
+    """$4: outer, $5: scale. c is a midpoint times the scale, 2^-24 of its power of two half its
+    last place."""
+    text = ".reg .f32 c, h, last; .reg .b32 e;\n" + f"mul.f32 last, $4, {_float32(2.0**-24)};\n"
+    for number, (midpoint, reached_at_tie) in enumerate(
+        ((0.25, False), (0.75, True), (1.25, False), (1.75, True))
+    ):
+        text += f"mul.f32 c, $5, {_float32(midpoint)};\nmov.b32 e, c; and.b32 e, e, 0x7F800000;\n"
+        text += "mov.b32 h, e; mul.f32 h, h, last;\n"
+        if reached_at_tie:
+            text += "neg.f32 h, h; fma.rp.f32 c, c, $4, h; mov.b32 e, c;\n"
+            text += f"add.u32 e, e, 0xFFFF; shr.u32 ${number}, e, 16;\n"
+        else:
+            text += "fma.rm.f32 c, c, $4, h; mov.b32 e, c;\n"
+            text += f"shr.u32 e, e, 16; add.u32 ${number}, e, 1;\n"
+    return "{\n" + text + "}"
+
+
+def _float32(number: float) -> str:
+    """As PTX writes it."""
+    return f"0f{struct.pack('>f', number).hex().upper()}"
+
+
 SPOILED_BY_NAN = tl.constexpr(_companding(nan_is_zero=False, keeps_sign_of_zero=True))
 NAN_IS_ZERO = tl.constexpr(_companding(nan_is_zero=True, keeps_sign_of_zero=False))
 COUNTING = tl.constexpr(_counting())
+THRESHOLDS = tl.constexpr(_thresholds())
 OPERANDS = tl.constexpr("=r" + ",r" * 20)
 
 
@@ -225,22 +254,7 @@ def thresholds(outer, scale):
     outer, and to c or more where x >= outer * c - h. Rounded down or up, and to BF16 so again,
     neither passes a BF16 number."""
     return tl.inline_asm_elementwise(
-        """{
-        .reg .f32 last, c, h; .reg .b32 e;
-        mul.f32 last, $4, 0f33800000;
-        mul.f32 c, $5, 0f3E800000;
-        mov.b32 e, c; and.b32 e, e, 0x7F800000; mov.b32 h, e; mul.f32 h, h, last;
-        fma.rm.f32 c, c, $4, h; mov.b32 e, c; shr.u32 e, e, 16; add.u32 $0, e, 1;
-        mul.f32 c, $5, 0f3F400000;
-        mov.b32 e, c; and.b32 e, e, 0x7F800000; mov.b32 h, e; mul.f32 h, h, last; neg.f32 h, h;
-        fma.rp.f32 c, c, $4, h; mov.b32 e, c; add.u32 e, e, 0xFFFF; shr.u32 $1, e, 16;
-        mul.f32 c, $5, 0f3FA00000;
-        mov.b32 e, c; and.b32 e, e, 0x7F800000; mov.b32 h, e; mul.f32 h, h, last;
-        fma.rm.f32 c, c, $4, h; mov.b32 e, c; shr.u32 e, e, 16; add.u32 $2, e, 1;
-        mul.f32 c, $5, 0f3FE00000;
-        mov.b32 e, c; and.b32 e, e, 0x7F800000; mov.b32 h, e; mul.f32 h, h, last; neg.f32 h, h;
-        fma.rp.f32 c, c, $4, h; mov.b32 e, c; add.u32 e, e, 0xFFFF; shr.u32 $3, e, 16;
-        }""",
+        THRESHOLDS,
         "=r,=r,=r,=r,f,f",
         [outer, scale],
         dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
