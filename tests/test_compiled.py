@@ -6,6 +6,9 @@ file has no figures for, only spills that are not in SPILLING fail.
 """
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -82,6 +85,37 @@ def test_nothing_is_passed_between_threads(name, committed):
     """A thread has whole blocks: `kernels.packed` relies on it, and shared memory is slow."""
     for kernels in committed.values():
         assert not any(one["shared_bytes"] for one in kernels[name].values())
+
+
+VARIANTS = """
+import sys
+import torch
+from nvfp4lab.benchmarks import compiled
+from nvfp4lab.kernels import staging
+
+def variant(tokens, offset, longer, padding):
+    hidden = torch.empty(tokens * (256 + longer) + offset, dtype=torch.bfloat16)
+    hidden = hidden[offset:].view(tokens, -1)[:, :256]
+    new = lambda columns, dtype: torch.empty(tokens, columns, dtype=dtype)
+    arguments = (
+        hidden, new(6, torch.float32), new(6, torch.int32), new(128, torch.uint8),
+        new(4, torch.int32), new(6, torch.int64), new(6, torch.float32), None,
+        torch.zeros(tokens, dtype=torch.bool) if padding else None,
+    )
+    launch = staging.prepare(*arguments, recipe="nvfp4")
+    return compiled._compile(lambda: launch(*arguments), 90)[0].hash
+
+aligned = {variant(t, 0, 8 * l, p) for t in (1, 7, 8, 1000) for l in (0, 1) for p in (0, 1)}
+others = {variant(t, 1, l, p) for t in (1, 7, 8, 1000) for l in (0, 3) for p in (0, 1)}
+print(len(aligned), len(others))
+"""
+
+
+def test_a_width_has_two_variants_and_none_for_numbers_of_tokens_strides_or_padding():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", VARIANTS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "1"], done.stdout + done.stderr
 
 
 def test_a_changed_figure_is_named():
