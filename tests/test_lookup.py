@@ -5,6 +5,7 @@ added. The proofs over named recipes may not be thinned out; those over variatio
 magnitude under some of the scale codes, as their names say.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -229,6 +230,14 @@ def test_strides_offsets_and_kinds_of_tensors(view, small_chunks, thread_count):
     x = view(bit_patterns(64, 64, seed=1))
     assert codec.find_table(x, NVFP4) is not None
     assert_quantized_by_reference(x, NVFP4)
+
+
+def test_any_recipe_after_any_other(small_chunks, thread_count):
+    """What is kept between calls is not taken for another table's."""
+    x = bit_patterns(16, 64, seed=2)
+    for first, second in itertools.permutations(WITH_TABLE, 2):
+        nv.quantize(x, first)
+        assert_quantized_by_reference(x, nv.recipe(second))
 
 
 def test_within_inference_mode(small_chunks, thread_count):
