@@ -119,7 +119,7 @@ class _Room:
 
     def __init__(self, blocks: int, table: Table):
         words = table.recipe.scale.block // 4
-        self.shape = blocks, words, *table.steps.shape
+        self.key = blocks, words, *table.steps.shape
         self.words = _empty(words, blocks)
         self.elements = _lanes(self.words)
         self.negative = torch.empty_like(self.elements)
@@ -146,7 +146,7 @@ def _room(blocks: int, table: Table) -> _Room:
         room = _ROOMS.pop()
     except IndexError:
         return _Room(blocks, table)
-    fits = room.shape == (blocks, table.recipe.scale.block // 4, *table.steps.shape)
+    fits = room.key == (blocks, table.recipe.scale.block // 4, *table.steps.shape)
     return room if fits else _Room(blocks, table)
 
 

@@ -125,6 +125,8 @@ def stage_mega_moe_inputs(
 ) -> None:
     """Quantize T tokens of width K and copy their top-k beside them, in place and in one launch.
 
+    (Of `seed`, padding is marked afterwards.)
+
     hidden_states: bfloat16 (T, K), K a positive multiple of 128. topk_weights: float32, bfloat16 or
     float16 (T, top_k), topk_ids: int32 or int64 (T, top_k); top_k may be 0. is_padding: bool (T,).
     Written: x_fp4 uint8 (T, K // 2), x_sf int32 (T, K // 64), topk_idx_out int64 and
@@ -139,7 +141,7 @@ def stage_mega_moe_inputs(
 
     Raises: TypeError for a dtype, ValueError for a shape, device or stride, for a recipe that is
     unknown or has no staging kernel, and, with `seed`, for tensors past its 32-bit offsets; always
-    before anything is written.
+    before anything is written. The first call with tensors of new shapes may compile.
     """
     buffers = _Buffers(
         hidden_states,
@@ -155,7 +157,9 @@ def stage_mega_moe_inputs(
     alike = (
         recipe if isinstance(recipe, (str, Recipe)) else type(recipe),
         *(
-            (t.dtype, t.shape, t.stride(), t.device) if isinstance(t, torch.Tensor) else type(t)
+            (t.dtype, t.shape, t.stride(), t.device)
+            if isinstance(t, torch.Tensor) and t.layout is torch.strided
+            else type(t)
             for t in buffers
         ),
     )
@@ -212,7 +216,7 @@ def _launch_seed(buffers: _Buffers) -> None:
     _mark_padding(buffers)
 
 
-@torch.no_grad()
+@torch.inference_mode()  # in which buffers that were made in it may be written, and others too
 def _stage_in_torch(buffers: _Buffers, recipe: Recipe) -> None:
     """What the kernels write, bit for bit, by `quantize` and copies."""
     q = quantize(buffers.hidden_states, recipe)
@@ -225,7 +229,7 @@ def _stage_in_torch(buffers: _Buffers, recipe: Recipe) -> None:
     _mark_padding(buffers)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _mark_padding(buffers: _Buffers) -> None:
     if buffers.is_padding is not None:
         padding = buffers.is_padding[:, None]
@@ -321,6 +325,8 @@ def _check_tensor(
     name: str, given: object, rule: _Rule, sizes: dict[str, int], device: torch.device
 ) -> None:
     tensor = _require_tensor(name, given)
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} is strided, got {tensor.layout}")
     if tensor.dtype not in rule.dtypes:
         expected = " or ".join(str(dtype) for dtype in rule.dtypes)
         raise TypeError(f"{name} is {expected}, got {tensor.dtype}")

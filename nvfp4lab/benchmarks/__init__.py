@@ -1,4 +1,4 @@
-"""How fast: the staging kernel and its neighbours, each beside what it cannot beat.
+"""How fast: the staging kernel and its neighbours, each beside what does next to nothing else.
 
 results.py    Sample and Result: what was measured, as a table and as JSON
 machine.py    the device, versions and commit that a result holds for

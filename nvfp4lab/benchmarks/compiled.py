@@ -215,18 +215,25 @@ def table(found: dict[str, dict[str, Figures]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile and print; 0."""
     parser = argparse.ArgumentParser(description="Registers and instructions of the kernels.")
-    parser.add_argument("pairs", nargs="*", metavar="KERNEL:SM", help="(default: all)")
+    parser.add_argument("names", nargs="*", metavar="KERNEL", help="(default: all)")
     parser.add_argument("--write", action="store_true", help=f"keep them in {COMMITTED.name}")
-    parser.add_argument("--json", action="store_true", help="compile here, print JSON")
+    parser.add_argument("--json", action="store_true", help="KERNEL:SM each, compiled here")
     parser.add_argument("--file", type=Path, help="compile this source in place of the module's")
     args = parser.parse_args(argv)
+    kernels = [name.rpartition(":")[0] if args.json else name for name in args.names]
+    if unknown := [name for name in kernels if name not in KERNELS]:
+        parser.error(f"no kernel {', '.join(unknown)}; there are {', '.join(KERNELS)}")
+    if args.write and args.names:
+        parser.error("--write renews all kernels; name none")
+    if args.file and not args.json:
+        parser.error("--file goes with --json")
     if args.json:
-        pairs = {pair: pair.rpartition(":") for pair in args.pairs}
+        pairs = {pair: pair.rpartition(":") for pair in args.names}
         print(json.dumps({p: figures(n, int(t), args.file) for p, (n, _, t) in pairs.items()}))
         return 0
     import triton
 
-    found = in_processes()
+    found = in_processes(tuple(args.names or KERNELS))
     print(f"Triton {triton.__version__}\n{table(found)}")
     if args.write:
         kept = json.loads(COMMITTED.read_text(encoding="utf-8")) if COMMITTED.exists() else {}

@@ -1,8 +1,8 @@
 """What a call of `stage_mega_moe_inputs` costs the host, beside an empty launch of Triton.
 
 The calls are issued one after the other without waiting for the device. The empty kernel takes as
-many arguments as the staging kernel, of the same types, through the same path of Triton's; what a
-call costs beyond it is checks and our own code.
+many arguments as the staging kernel, of the same types, as anyone launches a kernel of Triton. A
+staging call may cost less: tensors like those of an earlier call go straight to what was compiled.
 """
 
 from __future__ import annotations

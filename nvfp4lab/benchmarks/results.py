@@ -30,7 +30,7 @@ class Sample:
 
     part: of the benchmark. name: a recipe, or what stands beside the recipes. tokens, width: of the
     activations. runs_us: microseconds of one call, a number a run. bytes: that one call has to
-    read and write; 0 where that is not what bounds it. role: "yardstick" for what cannot be beaten,
+    read and write; 0 where that is not what bounds it. role: "yardstick" for the copy beside it,
     "reference" for what is there to be beaten. note: how it was done, where that is not plain.
     group: only samples of one group are compared with each other.
     """

@@ -11,6 +11,9 @@ from nvfp4lab.cli.command import CommandError
 PARTS = ("staging", "dequantize", "measure", "host", "cpu")
 
 
+PICTURES = (".png", ".pdf", ".svg")
+
+
 def add(commands: argparse._SubParsersAction) -> None:
     text = "Time the kernels beside the copy that moves the same bytes, and `quantize` on the CPU."
     command = commands.add_parser(
@@ -35,14 +38,18 @@ def run(args: argparse.Namespace) -> int:
         path = getattr(args, option)
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise CommandError(f"--{option} is a file in a folder that is there, got {path}")
+        if path is not None:
+            _check_writable(option, path)
+    if args.plot is not None and args.plot.suffix.lower() not in PICTURES:
+        raise CommandError(f"--plot ends in {', '.join(PICTURES)}, got {args.plot}")
     from nvfp4lab import benchmarks
 
     settings = benchmarks.QUICK if args.quick else benchmarks.Settings()
     result = benchmarks.run(args.only, settings)
+    print(result.table())  # first, lest it be lost with a full disk
     try:
         if args.out is not None:
             args.out.write_text(result.to_json(), encoding="utf-8")
-        print(result.table())
         if args.plot is not None:
             _draw(result, args.plot)
     except OSError as error:
@@ -50,6 +57,17 @@ def run(args: argparse.Namespace) -> int:
     for failure in result.failed:
         print(f"nvfp4lab: failed: {failure}", file=sys.stderr)
     return 1 if result.failed else 0
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Before minutes of measuring, not after; a file that is there is left as it is."""
+    was_there = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise CommandError(f"--{option} {path} cannot be written: {error}") from error
+    if not was_there:
+        path.unlink()
 
 
 def _draw(result, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 One thing is changed. Triton cannot compile the strided slices `e2m1_flat[0::2]` and `[1::2]`; they
 became one `tl.split`, marked below. Names, signature, comments and every fault are the user's;
-tests/test_seed_faults.py names the faults one by one, and the recipe `seed` in rules.py repeats
+tests/test_seed_faults.py names the faults one by one, and the recipe `seed` in catalogue.py repeats
 them in torch, bit for bit. Mend nothing here: `nvfp4lab.kernels.staging` is the mended kernel.
 """
 

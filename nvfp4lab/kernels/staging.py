@@ -252,7 +252,8 @@ def plan(recipe: str, width: int) -> Plan:
     """One for all numbers of tokens, by the measurements in data/benchmarks/notes.md.
 
     Short programs where rows can be divided. A row that has to be one program's has four warps or
-    more, and up to four tiles: the loads of several rows are in flight, and a single row is quick.
+    more, and up to width 65536 four tiles at most: the loads of several rows are in flight, and a
+    single row is quick. Two tiles fit 64 registers, with which more threads fit; four would spill.
     """
     in_row = width // BLOCK
     if DECISIONS[recipe]["OUTER"] is None:
