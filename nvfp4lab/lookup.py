@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from nvfp4lab import quantized, threads
@@ -31,28 +32,34 @@ INFINITY = 0x7F80  # its bits, and the number of finite magnitudes
 ORDINARY = 0x4780  # 2**16: a table that ends below it is not worth having
 STRIDE = 64  # magnitudes between those that `_find_steps` samples: half a binade
 NEVER = 0x7FFF  # no magnitude is above it
-THREADS = 8  # at most: each has 6 MB of intermediates, and they wait for each other in Python
-STEPS, SIGN = 7, 8  # steps from code 0 to 7; the code's sign bit
+STEPS, SIGN, SIGN_BIT = 7, 8, 3  # steps from code 0 to 7; the code's sign bit
 
-# Four BF16 are worked on as one int64 where that is faster, each in a lane of 16 bits.
+# A thread holds Python's lock for a microsecond at each operation, and one that finds it held
+# sleeps for fifty: so operations are few, and each has much to do.
+CHUNKS = 2  # in a piece of work; fewer, down to one, where a thread would have no piece
+THREADS = 8  # at most: each has 7 MB of intermediates
+ROWS = 2  # compared at a time, which keeps it at that
+
+# Four elements are a word: as BF16 an int64, in lanes of 16 bits; as codes an int32, in bytes.
 ALL_LANES = 0x0001_0001_0001_0001
 MAGNITUDE_BITS = 0x7FFF * ALL_LANES
-TO_TOP = sum(1 << 12 * lane for lane in range(1, 5))  # four codes, times this: in the top 16 bits
+# Times this, the two bytes of 16 bits are codes side by side in the upper one, the first one low;
+# and the two upper bytes of 32 bits, lower ones cleared, are side by side in the upper half.
+TO_UPPER_BYTE, UPPER_BYTES, TO_UPPER_HALF = 0x0110, 0xFF00_FF00 - (1 << 32), 0x0101
 
 
 @dataclass(frozen=True)
 class Table:
     """What a recipe makes of BF16 blocks whose amax has bits below `limit`.
 
-    scale_codes: uint8 [2**15], of each amax. rows: int32 [2**15], where `steps` has that code.
-    steps: int64 [7 or 8, scale codes], four times the same int16: above step i the magnitude's code
-    is i + 1 or more; above the eighth a negative element has its sign, without one every negative.
+    scale_codes: uint8 [2**15], of each amax. steps: int64 [7 or 8, 256], four times the same int16:
+    above step i of a scale code the magnitude's code is i + 1 or more; above the eighth a negative
+    element has its sign, without one every negative.
     """
 
     recipe: Recipe
     limit: int
     scale_codes: torch.Tensor
-    rows: torch.Tensor
     steps: torch.Tensor
 
     def quantize(
@@ -70,72 +77,82 @@ class Table:
             start, stop = span
             room = _room(stop - start, self)
             piece, of_scales = piece_of(start, stop), scales[start:stop]
-            amax = self._quantize_below_limit(piece, codes[start:stop], of_scales, room)
-            if amax.max() >= self.limit:
-                beyond = (amax >= self.limit).nonzero()[:, 0]
+            self._quantize_below_limit(piece, codes[start:stop], of_scales, room)
+            if room.amax.max() >= self.limit:
+                beyond = (room.amax >= self.limit).nonzero()[:, 0]
                 of_elements, of_scales[beyond] = quantize_blocks(
                     piece[beyond].float(), _one(), self.recipe, piece.dtype
                 )
                 codes[start + beyond] = pack_nibbles(of_elements.to(torch.uint8))
             _ROOMS.append(room)
 
-        pieces = spans(len(scales), self.recipe.scale.block, quantized.CHUNK)
-        threads.for_each(quantize_piece, pieces, THREADS)
+        block, workers = self.recipe.scale.block, min(THREADS, torch.get_num_threads())
+        share = -(-len(scales) // workers) * block
+        size = min(CHUNKS * quantized.CHUNK, max(quantized.CHUNK, share))
+        threads.for_each(quantize_piece, spans(len(scales), block, size), THREADS)
 
     def _quantize_below_limit(
         self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, room: _Room
-    ) -> torch.Tensor:
-        """The same for one piece as if no block were beyond the limit; its amax, int16 [n]."""
-        if x.storage_offset() % 4:
-            x = x.clone()
-        torch.bitwise_or(x.view(torch.int64).t(), 0, out=room.words)  # copy_ takes 3 times as long
-        torch.lt(room.elements, 0, out=room.negative)
+    ) -> None:
+        """The same for one piece, as if no block were beyond the limit."""
+        np.copyto(room.words_array, x.view(torch.int16).numpy().view(np.int64).T)
+        np.less(room.elements, 0, out=room.is_negative)
         room.words.bitwise_and_(MAGNITUDE_BITS)
 
-        torch.amax(room.elements, 0, out=room.amax_of_lane)
-        torch.amax(room.amax_of_lane.view(-1, 4), 1, out=room.amax)
-        room.index.copy_(room.amax)
-        torch.index_select(self.scale_codes, 0, room.index, out=scales)
-        torch.index_select(self.rows, 0, room.index, out=room.row)
-        torch.add(room.row, room.row_of_step, out=room.index_of_step)
-        torch.index_select(self.steps.view(-1), 0, room.index_of_step.view(-1), out=room.steps)
+        # Of what is largest in each lane the larger in each half, and of these two the larger.
+        torch.amax(room.words.view(torch.int16), 0, out=room.largest)
+        torch.bitwise_right_shift(room.largest.view(torch.int64), 32, out=room.index)
+        torch.maximum(room.largest, room.index.view(torch.int16), out=room.largest)
+        np.maximum(*room.largest_two, out=room.amax_array)
+        torch.index_select(self.scale_codes, 0, room.amax, out=scales)
+        room.index.copy_(scales)
+        np.take(self.steps.numpy(), room.index_array, 1, out=room.steps, mode="clip")
 
-        torch.gt(room.elements, room.step_of_block, out=room.above)
-        torch.sum(room.above[:STEPS], 0, dtype=torch.int16, out=room.code)
-        if len(room.above) > STEPS:
-            room.negative.mul_(room.above[STEPS])
-        room.code.add_(room.negative, alpha=SIGN)
-        room.code_words.mul_(TO_TOP)
-        codes.view(torch.int16).t().copy_(room.top)
-        return room.amax
+        for elements, is_above, above, code, negative in room.rows:
+            np.greater(elements, room.step_of_block, out=is_above)
+            torch.sum(above[:STEPS], 0, dtype=torch.int32, out=code)
+            if len(above) > STEPS:
+                negative.bitwise_and_(above[STEPS])
+
+        room.negative.bitwise_left_shift_(SIGN_BIT)
+        room.code.bitwise_or_(room.negative)
+        room.code.view(torch.int16).mul_(TO_UPPER_BYTE)
+        room.code.bitwise_and_(UPPER_BYTES)
+        room.code.mul_(TO_UPPER_HALF)
+        codes.view(torch.int16).t().copy_(room.upper_halves)
 
 
 class _Room:
     """Memory for the intermediates of a piece, all laid out with the blocks along the last axis, so
-    that what belongs to a block is broadcast along rows as long as the piece.
+    that what belongs to a block is broadcast along rows as long as the piece: a row holds one word
+    of each block.
 
-    A row holds, for each block, the four elements of one word.
+    Arrays share it with numpy, whose comparisons write bytes eight times as fast as torch's.
     """
 
     def __init__(self, blocks: int, table: Table):
-        words = table.recipe.scale.block // 4
+        words, steps = table.recipe.scale.block // 4, len(table.steps)
         self.key = blocks, words, *table.steps.shape
         self.words = _empty(words, blocks)
-        self.elements = _lanes(self.words)
-        self.negative = torch.empty_like(self.elements)
-        self.amax_of_lane = _empty(4 * blocks, dtype=torch.int16)
-        self.amax = _empty(blocks, dtype=torch.int16)
-        self.index = _empty(blocks, dtype=torch.int32)
-        self.row = _empty(blocks, dtype=torch.int32)
-        steps, rows = table.steps.shape
-        self.row_of_step = rows * torch.arange(steps, dtype=torch.int32, device="cpu")[:, None]
-        self.index_of_step = _empty(steps, blocks, dtype=torch.int32)
-        self.steps = _empty(steps * blocks)
-        self.step_of_block = _lanes(self.steps).view(steps, 1, 4 * blocks)
-        self.above = _empty(steps, words, 4 * blocks, dtype=torch.int16)
-        self.code_words = torch.empty_like(self.words)
-        self.code = _lanes(self.code_words)
-        self.top = self.code.view(words, blocks, 4)[:, :, 3]
+        self.words_array = self.words.numpy()
+        self.elements = self.words_array.view(np.int16)
+        self.largest = _empty(4 * blocks, dtype=torch.int16)
+        self.largest_two = self.largest.numpy().reshape(blocks, 4).T[:2]
+        self.amax, self.index = _empty(blocks), _empty(blocks)
+        self.amax_array, self.index_array = self.amax.numpy(), self.index.numpy()
+        self.steps = _empty(steps, blocks).numpy()
+        self.step_of_block = self.steps.view(np.int16)[:, None]
+
+        self.negative = _empty(words, blocks, dtype=torch.int32)
+        self.code = torch.empty_like(self.negative)
+        self.upper_halves = self.code.view(torch.int16)[:, 1::2]
+        self.is_negative = _bools(self.negative)
+        above = _empty(steps, min(ROWS, words), blocks, dtype=torch.int32)
+        self.rows = []
+        for start, stop in spans(words, 1, ROWS):
+            here, of_rows = slice(start, stop), above[:, : stop - start]
+            arrays = self.elements[here], _bools(of_rows)
+            self.rows.append((*arrays, of_rows, self.code[here], self.negative[here]))
 
 
 _ROOMS: deque[_Room] = deque(maxlen=2)  # that no thread is in: new memory costs as much as the work
@@ -154,8 +171,9 @@ def _empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="cpu")
 
 
-def _lanes(words: torch.Tensor) -> torch.Tensor:
-    return words.view(torch.int16)
+def _bools(words: torch.Tensor) -> np.ndarray:
+    """The bytes of int32 [..., n], as bool [..., 4 n]."""
+    return words.numpy().view(np.bool_)
 
 
 @lru_cache(maxsize=32)
@@ -178,14 +196,10 @@ def table_of(recipe: Recipe) -> Table | None:
         return None
     if (steps[STEPS] < 0).all():
         steps = steps[:STEPS]
-    beyond = (0, MAGNITUDES - INFINITY)
-    return Table(
-        recipe,
-        limit,
-        torch.nn.functional.pad(scale_codes, beyond),
-        torch.nn.functional.pad(row.int(), beyond),
-        (steps & 0xFFFF) * ALL_LANES,
-    )
+    of_codes = torch.zeros(len(steps), 256, dtype=torch.int64, device="cpu")
+    of_codes[:, met.int()] = (steps & 0xFFFF) * ALL_LANES
+    scale_codes = torch.nn.functional.pad(scale_codes, (0, MAGNITUDES - INFINITY))
+    return Table(recipe, limit, scale_codes, of_codes)
 
 
 def _applies(recipe: Recipe) -> bool:

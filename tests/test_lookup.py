@@ -161,6 +161,13 @@ def test_a_variation_has_the_codes_of_the_reference_under_every_16th_scale_code(
     assert_same_bytes(amax_blocks(recipe), recipe)
 
 
+@pytest.mark.parametrize("block", [4, 8, 12, 20, 64])
+def test_blocks_of_any_number_of_words_an_odd_number_of_them(block):
+    recipe = replace(NVFP4, name=f"block {block}", scale=replace(NVFP4.scale, block=block))
+    assert_same_bytes(bit_patterns(1031, block, seed=block), recipe)
+    assert_same_bytes(bf16(bit_patterns(1031, block).view(torch.int16) & ~0x4000), recipe)
+
+
 @pytest.mark.parametrize("label", WITHOUT_TABLE)
 def test_what_steps_cannot_say_has_no_table(label):
     assert lookup.table_of(VARIATIONS[label]) is None
