@@ -88,7 +88,7 @@ class Quantized:
         if dtype not in DTYPES:
             raise TypeError(f"dequantizes to one of {DTYPES}, got {dtype}")
         out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        if _has_kernel(self.recipe) and _runs_kernels(out.device.type):
+        if _has_kernel(self.recipe) and runs_kernels(out.device.type):
             self._launch_kernel(out)
             return out
         flat = out.view(-1, self.recipe.scale.block)
@@ -195,7 +195,7 @@ def _has_kernel(recipe: Recipe) -> bool:
 
 
 @functools.cache
-def _runs_kernels(device_type: str) -> bool:
+def runs_kernels(device_type: str) -> bool:
     """On CUDA, where Triton is installed. Tests choose the interpreter: it is slow on the CPU."""
     return device_type == "cuda" and importlib.util.find_spec("triton") is not None
 

@@ -125,8 +125,6 @@ def stage_mega_moe_inputs(
 ) -> None:
     """Quantize T tokens of width K and copy their top-k beside them, in place and in one launch.
 
-    (Of `seed`, padding is marked afterwards.)
-
     hidden_states: bfloat16 (T, K), K a positive multiple of 128. topk_weights: float32, bfloat16 or
     float16 (T, top_k), topk_ids: int32 or int64 (T, top_k); top_k may be 0. is_padding: bool (T,).
     Written: x_fp4 uint8 (T, K // 2), x_sf int32 (T, K // 64), topk_idx_out int64 and
@@ -135,7 +133,8 @@ def stage_mega_moe_inputs(
     the current one. Rows of hidden_states, x_fp4 and x_sf may lie anywhere but have last stride 1,
     x_scales and is_padding have stride 1; top-k tensors have any strides.
 
-    A padding token is quantized like any other and gets id -1 and weight 0. No tokens: nothing is
+    A padding token is quantized like any other and gets id -1 and weight 0, under `seed` by
+    operations after the launch. No tokens: nothing is
     checked or done. Nothing is allocated and nothing waited for on a CUDA device, except that
     `seed` with top_k 0 allocates T numbers.
 

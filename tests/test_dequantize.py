@@ -208,12 +208,12 @@ def test_other_blocks_have_no_kernel(block):
 
 
 def test_a_cpu_tensor_takes_the_torch_path():
-    assert not quantized._runs_kernels("cpu")
+    assert not quantized.runs_kernels("cpu")
 
 
 def test_dequantize_takes_the_kernel_where_it_runs(monkeypatch, interpreter):
     """Every recipe's dequantize, as on a GPU: a launch for each that has a kernel, and its bits."""
-    monkeypatch.setattr(quantized, "_runs_kernels", lambda _: True)
+    monkeypatch.setattr(quantized, "runs_kernels", lambda _: True)
     launches = []
     launch = dequantize.launch
     monkeypatch.setattr(dequantize, "launch", lambda *a, **k: launches.append(1) or launch(*a, **k))

@@ -13,7 +13,7 @@ import torch
 from nvfp4lab import catalogue
 from nvfp4lab.benchmarks.inputs import Settings, rotating, sets_past_l2, staging_bytes
 from nvfp4lab.benchmarks.results import Sample
-from nvfp4lab.benchmarks.steps import Measured, Step
+from nvfp4lab.benchmarks.steps import CHECKED_ROWS, Measured, Step, for_every_case
 from nvfp4lab.benchmarks.sweep import sweep
 from nvfp4lab.benchmarks.timing import CannotCapture, capture, time_calls, time_graphs
 from nvfp4lab.kernels import yardstick
@@ -21,16 +21,11 @@ from nvfp4lab.quantized import Quantized
 
 PART = "dequantize"
 RECIPES = ("nvfp4", "nvfp4-token")
-CHECKED_ROWS = 32
 
 
 def steps(settings: Settings) -> list[Step]:
     """One step for each width and number of tokens."""
-    return [
-        Step(f"dequantize {tokens} x {width}", functools.partial(_race, tokens, width, settings))
-        for width in settings.widths
-        for tokens in settings.tokens
-    ]
+    return for_every_case(PART, _race, settings)
 
 
 def random_sets(

@@ -13,7 +13,7 @@ import torch
 from nvfp4lab import catalogue, layouts
 from nvfp4lab.benchmarks.inputs import Settings, StagingSet, staging_bytes, staging_sets
 from nvfp4lab.benchmarks.results import Sample
-from nvfp4lab.benchmarks.steps import Measured, Step
+from nvfp4lab.benchmarks.steps import CHECKED_ROWS, Measured, Step, for_every_case
 from nvfp4lab.benchmarks.sweep import sweep
 from nvfp4lab.benchmarks.timing import capture, time_graphs
 from nvfp4lab.codec import quantize
@@ -22,16 +22,11 @@ from nvfp4lab.staging import stage, stage_mega_moe_inputs
 
 PART = "staging"
 SEED = "seed"
-CHECKED_ROWS = 32
 
 
 def steps(settings: Settings) -> list[Step]:
     """One step for each width and number of tokens."""
-    return [
-        Step(f"staging {tokens} x {width}", functools.partial(_race, tokens, width, settings))
-        for width in settings.widths
-        for tokens in settings.tokens
-    ]
+    return for_every_case(PART, _race, settings)
 
 
 def stageable() -> dict[str, bool]:

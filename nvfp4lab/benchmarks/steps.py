@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from nvfp4lab.benchmarks.inputs import Settings
 from nvfp4lab.benchmarks.results import Sample
+
+CHECKED_ROWS = 32  # of what was timed, held against the CPU
 
 
 @dataclass(frozen=True)
@@ -24,3 +28,14 @@ class Step:
 
     label: str
     run: Callable[[], Measured]
+
+
+def for_every_case(
+    part: str, race: Callable[[int, int, Settings], Measured], settings: Settings
+) -> list[Step]:
+    """One step, race(tokens, width, settings), for each width and number of tokens."""
+    return [
+        Step(f"{part} {tokens} x {width}", functools.partial(race, tokens, width, settings))
+        for width in settings.widths
+        for tokens in settings.tokens
+    ]

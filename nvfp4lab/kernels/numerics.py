@@ -8,6 +8,8 @@ function is proved over all its inputs in tests/test_kernels.py; change one and 
 import triton
 import triton.language as tl
 
+BF16_INF = tl.constexpr(0x7F80)
+
 
 @triton.jit
 def encode_e4m3(value):

@@ -16,7 +16,8 @@ import struct
 import triton
 import triton.language as tl
 
-BF16_INF = tl.constexpr(0x7F80)
+from nvfp4lab.kernels.numerics import BF16_INF
+
 WORDS = range(4)  # of one call
 
 

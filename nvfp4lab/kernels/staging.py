@@ -27,8 +27,7 @@ import triton.language as tl
 from triton import knobs
 
 from nvfp4lab.kernels import steps
-from nvfp4lab.kernels.numerics import power_of_two, token_outer_exponent
-from nvfp4lab.kernels.steps import BF16_INF
+from nvfp4lab.kernels.numerics import BF16_INF, power_of_two, token_outer_exponent
 
 BLOCK = 16
 BF16_MAX = tl.constexpr(0x7F7F)

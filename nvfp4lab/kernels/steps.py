@@ -14,13 +14,12 @@ import triton.language as tl
 
 from nvfp4lab.kernels import packed
 from nvfp4lab.kernels.numerics import (
+    BF16_INF,
     decode_e4m3,
     encode_e2m1,
     encode_e4m3,
     power_of_two,
 )
-
-BF16_INF = tl.constexpr(0x7F80)
 
 
 @triton.jit
@@ -70,6 +69,8 @@ def encode_divided(
     """
     if PACKED:
         return packed.encode_divided(words, scale, outer_exponent, has_inf, spoiled, NAN_SPOILS)
+    if not NAN_SPOILS:
+        words = without_nan(words)
     inverse = tl.div_rn(1.0, tl.where(scale == 0, 1.0, scale)) * power_of_two(254 - outer_exponent)
     reciprocal = tl.where(scale == 0, 0.0, inverse)[:, None]
     even = _divided(words, reciprocal, NAN_SPOILS)
@@ -80,10 +81,7 @@ def encode_divided(
 @triton.jit
 def _divided(bits, reciprocal, NAN_SPOILS: tl.constexpr):
     """The code with its sign of the BF16 number in the lower half of each word."""
-    magnitude = bits & 0x7FFF
-    if not NAN_SPOILS:
-        magnitude = tl.where(magnitude > BF16_INF, 0, magnitude)
-    code = encode_e2m1((magnitude << 16).to(tl.float32, bitcast=True), reciprocal)
+    code = encode_e2m1(((bits & 0x7FFF) << 16).to(tl.float32, bitcast=True), reciprocal)
     signed = code | ((bits >> 12) & 8)
     return signed if NAN_SPOILS else tl.where(code == 0, 0, signed)
 

@@ -8,13 +8,13 @@ worst blocks but for the last bits of their ee; sums are added in another order.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from typing import TYPE_CHECKING
 
 import torch
 
 from nvfp4lab.formats import Format
+from nvfp4lab.quantized import runs_kernels
 from nvfp4lab.rules import Recipe
 from nvfp4lab.statistics import bins
 from nvfp4lab.statistics.merging import KEPT
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 def takes(recipe: Recipe, device: torch.device) -> bool:
     """Whether the kernels count this recipe's errors there: its block is a power of two."""
     block = recipe.scale.block
-    has_kernel = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return has_kernel and block > 1 and block & (block - 1) == 0
+    return runs_kernels(device.type) and block > 1 and block & (block - 1) == 0
 
 
 def count(
