@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import hashlib
 import os
 import re
 import signal
@@ -145,12 +146,14 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
 
     Cells are numbered 1..n in order, metadata keeps only tags and folding, the kernel is plain
     `python3`; memory addresses, the kernel's process id in warnings, and the random ids of styled
-    pandas tables are replaced. Running it twice changes nothing more.
+    pandas tables are replaced. The digest of its cells is noted, so that outputs which are older
+    than the cells are found. Running it twice changes nothing more.
     """
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+            "nvfp4lab": {"outputs_of": digest(notebook)},
         }
     )
     count = 0
@@ -172,6 +175,12 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
                 own = rf"\g<1>{count}-{position}"
                 texts["text/html"] = re.sub(r'(["#]T_)[0-9a-f]{5}(?=[_"])', own, markup)
     return notebook
+
+
+def digest(notebook: NotebookNode) -> str:
+    """Sixteen hexadecimal digits that differ when the source of a code cell does."""
+    sources = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    return hashlib.sha256(sources.encode()).hexdigest()[:16]
 
 
 def first_figure(notebook: NotebookNode) -> bytes | None:

@@ -116,4 +116,15 @@ def test_normalising_keeps_tags_and_folding_only():
     notebook = runs.normalise(v4.new_notebook(cells=[cell], metadata={"widgets": {}}))
     assert notebook.cells[0].metadata == kept
     assert notebook.cells[0].execution_count == 1
-    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert set(notebook.metadata) == {"kernelspec", "language_info", "nvfp4lab"}
+
+
+def test_outputs_older_than_their_cells_are_told_by_the_digest():
+    notebook = runs.normalise(v4.new_notebook(cells=[v4.new_code_cell("x = 1")]))
+    assert notebook.metadata["nvfp4lab"] == {"outputs_of": runs.digest(notebook)}
+    notebook.cells[0].source = "x = 2"
+    assert notebook.metadata["nvfp4lab"] != {"outputs_of": runs.digest(notebook)}
+    notebook.cells.append(v4.new_markdown_cell("words"))
+    before = runs.digest(notebook)
+    notebook.cells[1].source = "other words"
+    assert runs.digest(notebook) == before
