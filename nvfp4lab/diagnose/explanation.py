@@ -71,7 +71,7 @@ def explain_block(
     Raises: ValueError for another shape, or an outer scale where the recipe has none; otherwise as
     `quantize`.
 
-    >>> explain_block(torch.tensor([6.0, 0.25] + [0.0] * 14)).elements.loc[1, "tie"]
+    >>> bool(explain_block(torch.tensor([6.0, 0.25] + [0.0] * 14)).elements.loc[1, "tie"])
     True
     """
     recipe = catalogue.recipe(recipe)
