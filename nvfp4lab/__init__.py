@@ -70,6 +70,7 @@ _MODULES = (
     "controls",
     "diagnose",
     "errors",
+    "experts",
     "formats",
     "layouts",
     "outer",
