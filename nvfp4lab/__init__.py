@@ -77,6 +77,7 @@ _MODULES = (
     "plots",
     "quantized",
     "records",
+    "report",
     "rules",
     "staging",
     "statistics",

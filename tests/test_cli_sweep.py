@@ -94,7 +94,7 @@ def test_workers_are_a_number(folder, capsys):
 
 
 def test_every_default_recipe_is_there():
-    assert set(cli.sweep.DEFAULT) <= set(nv.recipes())
+    assert set(cli.shards.DEFAULT) <= set(nv.recipes())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")

@@ -12,10 +12,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from nvfp4lab.cli import bench, capture, identify, study, sweep
+from nvfp4lab.cli import bench, capture, identify, report, study, sweep
 from nvfp4lab.cli.command import CommandError
 
-COMMANDS = (study, capture, sweep, identify, bench)
+COMMANDS = (study, capture, sweep, report, identify, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

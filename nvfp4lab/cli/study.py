@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from nvfp4lab.cli.command import CommandError
+from nvfp4lab.cli.progress import Progress
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     problems: dict[Path, str] = {}
     for path in chosen:
-        progress = _Progress(path.stem, width=max(len(p.stem) for p in chosen))
+        progress = Progress(path.stem, width=max(len(p.stem) for p in chosen))
         page, failed_page = args.out / f"{path.stem}.html", args.out / f"{path.stem}.failed.html"
         for older in (page, failed_page):  # it would pass for this run's
             older.unlink(missing_ok=True)
@@ -121,29 +121,3 @@ def _replace(path: Path, content: bytes) -> None:
     new = path.with_name(f".{path.name}.new")
     new.write_bytes(content)
     os.replace(new, path)
-
-
-class _Progress:
-    """One line for a notebook, rewritten on a terminal; a log gets its end, and a sign of life."""
-
-    def __init__(self, name: str, width: int):
-        self.name, self.started = name.ljust(width), time.monotonic()
-        self.printed = self.started
-        self.done, self.total = 0, 0
-
-    def show(self, done: int, total: int) -> None:
-        self.done, self.total = done, total
-        if sys.stdout.isatty():
-            print(f"\r{self._line()}", end="", flush=True)
-        elif time.monotonic() - self.printed > 20:
-            print(self._line(), flush=True)
-            self.printed = time.monotonic()
-
-    def end(self, outcome: str) -> None:
-        start = "\r" if sys.stdout.isatty() else ""
-        print(f"{start}{self._line()}  {outcome}", flush=True)
-
-    def _line(self) -> str:
-        seconds = time.monotonic() - self.started
-        width = len(str(self.total))
-        return f"{self.name}  {self.done:{width}}/{self.total} cells  {seconds:6.1f} s"

@@ -185,6 +185,22 @@ class Measures(Contents):
             }
         )
 
+    def qsnr_quantile(self, of: Literal["block", "token"], share: float) -> float:
+        """The QSNR in dB that a share of the blocks or tokens does not exceed.
+
+        To the 1 dB of `qsnr_histogram`: the lower edge of the bin that holds it, so -Inf below -20.
+        Those in which a finite element decodes to NaN or Inf are the worst, and give NaN; of no
+        blocks it is NaN too.
+
+        Raises: ValueError for a share outside 0 to 1, and as `qsnr_histogram`.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"expected a share from 0 to 1, got {share}")
+        frame = self.qsnr_histogram(of)
+        edges, counts = (np.roll(frame[name], 1) for name in ("qsnr_from", "count"))  # lost first
+        reached = np.flatnonzero(np.cumsum(counts) >= max(1, share * counts.sum()))
+        return float(edges[reached[0]]) if len(reached) else math.nan
+
     def crest_histogram(self) -> pd.DataFrame:
         """How many blocks have which crest factor: columns crest_from, crest_to, count, share."""
         edges, counts = bins.crest_edges(), self.crest_counts

@@ -63,6 +63,21 @@ class Swept:
         frame.attrs["failed"] = [failure.as_dict() for failure in self.failed]
         return frame
 
+    def concat(self, frame_of: Callable[[Statistics], pd.DataFrame]) -> pd.DataFrame:
+        """A frame of each Statistics below one another, with layer, site and recipe before it.
+
+        `swept.concat(Statistics.by_channel)` has a row a layer, site, recipe and channel.
+        """
+        frames = []
+        for (layer, site, recipe), statistics in self.statistics.items():
+            frame = frame_of(statistics)
+            for place, (name, value) in enumerate(
+                {"layer": layer, "site": site, "recipe": recipe}.items()
+            ):
+                frame.insert(place, name, value)
+            frames.append(frame)
+        return pd.concat(frames, ignore_index=True)
+
     def __repr__(self) -> str:
         return f"Swept({len(self.statistics)} sites and recipes, {len(self.failed)} failures)"
 

@@ -1,0 +1,99 @@
+"""What `sweep` and `report` share: what is measured by which recipes, where it is computed, and the
+file that comes of it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from pathlib import Path
+
+from nvfp4lab.cli.command import CommandError
+
+# What the package can stage, and what DeepSeek V4 stages today.
+DEFAULT = ("nvfp4", "nvfp4-token", "vllm-megamoe", "vllm-muse", "seed", "mxfp8-deepseek-v4")
+SLOW_OR_RANDOM = ("nvfp4-search", "nvfp4-stochastic")  # not among `all`
+
+
+def add_arguments(command: argparse.ArgumentParser, out: str, of_it: str) -> None:
+    """out: what the file is called in the usage; of_it: what the file is of the statistics."""
+    command.add_argument(
+        "shards", nargs="+", metavar="DIR", help="capture folders, or single record files"
+    )
+    command.add_argument(
+        "--recipes",
+        nargs="+",
+        default=DEFAULT,
+        metavar="NAME",
+        help="or `all`: every one but nvfp4-search, which is slow, and nvfp4-stochastic "
+        f"(default: {' '.join(DEFAULT)})",
+    )
+    command.add_argument("--out", type=Path, required=True, metavar=out)
+    command.add_argument(
+        "--state",
+        type=Path,
+        metavar="FOLDER",
+        help=f"the full statistics, of which the {out} is {of_it}, and from which the same command "
+        "goes on; it stays (default: OUT.statistics)",
+    )
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=_count, metavar="N", help="processes (default: this one)")
+    where.add_argument(
+        "--dask", metavar="ADDRESS", help="of a scheduler whose workers see the same files"
+    )
+
+
+def recipes_of(args: argparse.Namespace) -> list[str]:
+    """The names that --recipes gives, all of them known."""
+    from nvfp4lab import catalogue
+
+    names = list(args.recipes)
+    if names == ["all"]:
+        return [name for name in catalogue.recipes() if name not in SLOW_OR_RANDOM]
+    try:
+        return [catalogue.recipe(name).name for name in names]
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def state_of(args: argparse.Namespace) -> Path:
+    return args.state or args.out.with_name(args.out.name + ".statistics")
+
+
+def check_out(out: Path) -> Path:
+    """Refuses a file that could not be written, before hours of work; its partial's path."""
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        raise CommandError(f"--out is a file in a folder that is there, got {out}")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise CommandError(f"--out {out} cannot be written: {error}") from error
+    return partial
+
+
+def executor_of(args: argparse.Namespace, stack: contextlib.ExitStack):
+    """None, or what --workers or --dask ask for, until the stack is left."""
+    from nvfp4lab import sweeps
+
+    if args.workers is not None:
+        pool = sweeps.processes(args.workers)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        return pool
+    if args.dask is None:
+        return None
+    try:
+        from distributed import Client
+    except ImportError:
+        raise CommandError("--dask needs distributed: pip install 'nvfp4lab[dask]'") from None
+    try:
+        client = stack.enter_context(Client(args.dask, timeout="10s"))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"no dask scheduler at {args.dask}: {error}") from error
+    return client.get_executor()
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)

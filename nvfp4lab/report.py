@@ -1,0 +1,169 @@
+"""report: a capture in, one page out that says where which recipe is safe.
+
+`write_report` sweeps the capture, then runs notebooks/report.ipynb on what was counted and writes
+the page. The judgements are here (`verdicts`, `sentences`, `channels`), the order of the page and
+its figures are the notebook's. To judge by another rule, change `Limits` or `_reasons`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nvfp4lab.sweeps import Swept, sweep_statistics
+
+BASELINE = "nvfp4-exact-scale"  # E2M1 alone: no scale was rounded, clamped or saturated
+VERDICTS = ("safe", "lossy", "broken")
+WORST_TOKENS = 0.01  # the share of tokens that `Limits.token_short_db` is about
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is still safe, each against BASELINE at the same site.
+
+    short_db: by how much the QSNR may fall short of it; token_short_db: the same of the worst 1 %
+    of tokens, in whole dB; gain: how far <x, q> / <x, x> may be from 1.
+    """
+
+    short_db: float = 1.0
+    token_short_db: float = 3.0
+    gain: float = 0.02
+
+
+def verdicts(swept: Swept, limits: Limits = Limits()) -> pd.DataFrame:
+    """Which recipe is safe at which site: a row a layer, site and recipe other than BASELINE.
+
+    Columns: layer, site, recipe, verdict, why, qsnr_db, short_db (of the baseline's QSNR),
+    token_qsnr_db (that the worst 1 % of tokens do not exceed; NaN where one of them is lost), gain,
+    lost (finite elements that decode to NaN or Inf), blocks_lost and tokens_lost (shares of blocks
+    with a NaN scale, and of tokens with a lost element).
+
+    broken: a finite element decodes to NaN or Inf. lossy: beyond one of the limits. safe: neither.
+
+    Raises: ValueError if the sweep lacks the baseline.
+    """
+    rows = []
+    for (layer, site, recipe), own in swept.statistics.items():
+        if recipe == BASELINE:
+            continue
+        exact = swept.statistics.get((layer, site, BASELINE))
+        if exact is None:
+            raise ValueError(f"expected a sweep with {BASELINE}, by which the others are judged")
+        tokens_lost = own.token_qsnr[-1] / max(1, own.token_qsnr.sum())
+        row: dict[str, Any] = {
+            "qsnr_db": own.qsnr_db,
+            "short_db": exact.qsnr_db - own.qsnr_db if own.qsnr_db < exact.qsnr_db else 0.0,
+            "token_qsnr_db": own.qsnr_quantile("token", WORST_TOKENS),
+            "gain": own.gain,
+            "lost": own.nonfinite_output,
+            "blocks_lost": own.scale_shares["nan"],
+            "tokens_lost": tokens_lost,
+        }
+        token_short = exact.qsnr_quantile("token", WORST_TOKENS) - row["token_qsnr_db"]
+        reasons = list(_reasons(row, token_short, limits))
+        verdict = "broken" if row["lost"] else "lossy" if reasons else "safe"
+        place = {"layer": layer, "site": site, "recipe": recipe, "verdict": verdict}
+        rows.append(place | {"why": "; ".join(reasons)} | row)
+    return pd.DataFrame(rows)
+
+
+def _reasons(row: dict[str, Any], token_short: float, limits: Limits) -> Iterable[str]:
+    if row["lost"]:
+        yield (
+            f"NaN in {row['tokens_lost']:.2%} of the tokens, by {row['blocks_lost']:.2%} NaN scales"
+        )
+    if row["short_db"] > limits.short_db:
+        yield f"{row['short_db']:.1f} dB short of exact scales"
+    if token_short > limits.token_short_db:
+        yield f"the worst tokens {token_short:.0f} dB short"
+    if abs(row["gain"] - 1) > limits.gain:
+        yield f"gain {row['gain']:.3f}"
+
+
+def sentences(judged: pd.DataFrame) -> list[str]:
+    """What `verdicts` come to, a sentence a recipe, the safest first."""
+    sites = len(judged[["layer", "site"]].drop_duplicates())
+    said = []
+    for recipe, own in judged.groupby("recipe", sort=False):
+        counts = {verdict: int((own["verdict"] == verdict).sum()) for verdict in VERDICTS}
+        sentence = f"{recipe}: safe at {counts['safe']} of {sites} sites"
+        for verdict in ("lossy", "broken"):
+            if counts[verdict]:
+                sentence += f", {verdict} at {counts[verdict]}"
+        worst = own.sort_values(["lost", "short_db"], ascending=False).to_dict("records")[0]
+        if worst["verdict"] != "safe":
+            sentence += f"; worst at layer {worst['layer']} {worst['site']}: {worst['why']}"
+        said.append((counts["broken"], counts["lossy"], sentence + "."))
+    return [sentence for *_, sentence in sorted(said, key=lambda s: s[:2])]
+
+
+def channels(swept: Swept, recipe: str) -> pd.DataFrame:
+    """Which channels pay under a recipe, and for whom: a row a layer, site and channel, the
+    costliest first.
+
+    Columns: those of `Statistics.by_channel`, with xx_share, the channel's share of the site's
+    energy; loudest, the channel with the most energy in its block, which sets most of its scales;
+    and under_loudest_db, how far its root mean square lies under that one's (0 for itself).
+    """
+    frame = swept.concat(lambda own: own.by_channel().assign(block=own.block))
+    frame = frame.query("recipe == @recipe").reset_index(drop=True)
+    frame["block"] = frame["channel"] // frame["block"]
+    xx, channel = frame["xx"].to_numpy(), frame["channel"].to_numpy()
+    energy = frame.groupby(["layer", "site"])["xx"].transform("sum").to_numpy()
+    loudest = frame.groupby(["layer", "site", "block"])["xx"].transform("idxmax").to_numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        frame["xx_share"] = np.where(energy > 0, xx / energy, 0.0)
+        frame["loudest"] = channel[loudest]
+        frame["under_loudest_db"] = -10 * np.log10(xx / xx[loudest]) + 0.0
+    return frame.sort_values("share", ascending=False, ignore_index=True)
+
+
+def notebook() -> Path:
+    """The report's notebook: inside an installed wheel, else beside the package."""
+    packaged = Path(__file__).parent / "_notebooks" / "report.ipynb"
+    return packaged if packaged.is_file() else Path(__file__).parents[1] / "notebooks/report.ipynb"
+
+
+def write_report(
+    captures: str | Path | Sequence[str | Path],
+    out: str | Path,
+    recipes: Sequence[str],
+    executor: Executor | None = None,
+    *,
+    state: str | Path,
+    limits: Limits = Limits(),
+    progress: bool = True,
+    on_cell: Callable[[int, int], None] | None = None,
+) -> Swept:
+    """Sweep captures, or go on with a sweep, and write the report as one HTML file.
+
+    captures: record files or capture folders; recipes: by name, the first is looked at closest;
+    executor, state, progress: as of `sweep`, and memory is bounded as there; on_cell: called as
+    on_cell(done, total) while the page is made. The file is written whole or not at all, and loads
+    nothing. Returns what was counted, BASELINE with it.
+
+    Raises: ValueError for no recipe to judge; what `sweep_statistics` raises; `runs.NotebookError`
+    if the page cannot be made.
+    """
+    from nvfp4lab import publish, runs
+
+    several = [captures] if isinstance(captures, (str, Path)) else list(captures)
+    paths, folder = [os.path.abspath(path) for path in several], os.path.abspath(state)
+    names = [name for name in recipes if name != BASELINE]
+    if not names:
+        raise ValueError(f"expected a recipe to judge beside {BASELINE}, got {list(recipes)}")
+    swept = sweep_statistics(paths, [*names, BASELINE], executor, state=folder, progress=progress)
+    given = {"CAPTURE": paths, "RECIPES": names, "STATE": folder}
+    given |= {name.upper(): value for name, value in asdict(limits).items()}
+    page = publish.to_html(runs.execute(notebook(), given, on_cell=on_cell))
+    partial = Path(f"{out}.partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, out)
+    return swept
