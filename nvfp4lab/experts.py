@@ -24,7 +24,7 @@ from nvfp4lab.rules import Recipe
 from nvfp4lab.statistics.measures import with_ratios
 
 SWIGLU_LIMIT = "swiglu_limit"  # its name in the provenance of weights
-STAGES = ("inputs", "hidden", "hidden staged", "output")
+STAGES = ("inputs", "gate, up", "hidden", "hidden staged", "output")
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,14 @@ class Precision:
 class Passed:
     """What one pass through the experts gives at each stage, float32.
 
-    inputs [T, D] as the experts read them; hidden [R, I] and hidden_staged [R, I] for each of the R
-    routes, sorted by expert and then token, before and after the second quantization; output
-    [T, D], the sum over a token's experts; tokens int64 [R], the token of each route.
+    inputs [T, D] as the experts read them; for each of the R routes, sorted by expert and then
+    token, gate_up [R, 2 I] before the clamp, hidden and hidden_staged [R, I] before and after the
+    second quantization; output [T, D], the sum over a token's experts; tokens int64 [R], the token
+    of each route.
     """
 
     inputs: torch.Tensor
+    gate_up: torch.Tensor
     hidden: torch.Tensor
     hidden_staged: torch.Tensor
     output: torch.Tensor
@@ -57,7 +59,7 @@ class Passed:
 
     def at(self, stage: str) -> torch.Tensor:
         """The tensor of one of STAGES."""
-        return getattr(self, stage.replace(" ", "_"))
+        return getattr(self, stage.replace(", ", "_").replace(" ", "_"))
 
 
 @torch.no_grad()
@@ -89,25 +91,19 @@ def through_experts(
     x = site.hidden.to(device)
     inputs = _staged(x, precision.inputs)
     output = torch.zeros(x.shape, dtype=torch.float32, device=device)
-    hidden, hidden_staged, tokens = [], [], []
+    routes: list[tuple[torch.Tensor, ...]] = []  # token, gate_up, hidden, hidden_staged
     for expert in ids[ids != NO_EXPERT].unique().tolist():
         token, choice = (ids == expert).nonzero(as_tuple=True)
-        gate_up = _staged(weights.gate_up_proj[expert], precision.weights)
-        before = _hidden_of(inputs[token] @ gate_up.T, limit) * shares[token, choice, None]
-        after = _staged(before, precision.hidden)
+        both = inputs[token] @ _staged(weights.gate_up_proj[expert], precision.weights).T
+        hidden = _hidden_of(both, limit) * shares[token, choice, None]
+        staged = _staged(hidden, precision.hidden)
         down = _staged(weights.down_proj[expert], precision.weights)
-        output.index_add_(0, token, after @ down.T)
-        hidden.append(before)
-        hidden_staged.append(after)
-        tokens.append(token)
-    none = output.new_zeros(0, weights.down_proj.shape[-1])
-    return Passed(
-        inputs,
-        torch.cat(hidden or [none]),
-        torch.cat(hidden_staged or [none]),
-        output,
-        torch.cat(tokens or [none.new_zeros(0, dtype=torch.int64)]),
-    )
+        output.index_add_(0, token, staged @ down.T)
+        routes.append((token, both, hidden, staged))
+    inner = weights.down_proj.shape[-1]
+    routes = routes or [(ids.new_zeros(0), *(output.new_zeros(0, n * inner) for n in (2, 1, 1)))]
+    tokens, gate_up, hidden, hidden_staged = (torch.cat(part) for part in zip(*routes, strict=True))
+    return Passed(inputs, gate_up, hidden, hidden_staged, output, tokens)
 
 
 def stage_errors(exact: Passed, passed: Passed) -> pd.DataFrame:

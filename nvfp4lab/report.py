@@ -92,7 +92,7 @@ def sentences(judged: pd.DataFrame) -> list[str]:
     sites = len(judged[["layer", "site"]].drop_duplicates())
     said = []
     for recipe, own in judged.groupby("recipe", sort=False):
-        counts = {verdict: int((own["verdict"] == verdict).sum()) for verdict in VERDICTS}
+        counts = {verdict: list(own["verdict"]).count(verdict) for verdict in VERDICTS}
         sentence = f"{recipe}: safe at {counts['safe']} of {sites} sites"
         for verdict in ("lossy", "broken"):
             if counts[verdict]:

@@ -168,14 +168,14 @@ def test_stage_errors_are_the_sums_by_hand_and_nan_is_counted_apart():
     output[0, 0] = float("nan")
     frame = stage_errors(exact, replace(passed, output=output)).set_index("stage")
     assert list(frame.index) == list(STAGES)
-    assert frame["lost"].tolist() == [0, 0, 0, 1]
+    assert frame["lost"].tolist() == [0, 0, 0, 0, 1]
     keep = torch.ones_like(output, dtype=torch.bool)
     keep[0, 0] = False
     x, q = exact.output[keep].double(), output[keep].double()
     nmse = ((q - x).square().sum() / x.square().sum()).item()
     assert frame.loc["output", "nmse"] == pytest.approx(nmse, rel=1e-12)
     assert frame.loc["output", "gain"] == pytest.approx(((x * q).sum() / (x * x).sum()).item())
-    assert stage_errors(exact, exact)["ee"].tolist() == [0.0] * 4
+    assert stage_errors(exact, exact)["ee"].tolist() == [0.0] * 5
 
 
 def test_a_nan_scale_of_the_seed_makes_a_whole_output_row_nan():

@@ -13,6 +13,8 @@ from nvfp4lab.plots.blocks import explained_block as explained_block
 from nvfp4lab.plots.common import LABELS as LABELS
 from nvfp4lab.plots.common import STYLE as STYLE
 from nvfp4lab.plots.common import recipe_colors as recipe_colors
+from nvfp4lab.plots.downstream import error_by_operand as error_by_operand
+from nvfp4lab.plots.downstream import error_by_stage as error_by_stage
 from nvfp4lab.plots.layers import qsnr_by_layer as qsnr_by_layer
 from nvfp4lab.plots.layers import share_by_layer as share_by_layer
 from nvfp4lab.plots.scales import scale_histogram as scale_histogram

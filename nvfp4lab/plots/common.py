@@ -12,6 +12,7 @@ STYLE = "nvfp4lab.plots.study"  # for plt.style.use
 LABELS = {
     "layer": "layer",
     "qsnr_db": "QSNR (dB)",
+    "nmse": "NMSE, Σ(q − x)² / Σx²",
     "share": "share of blocks",
     "scale_code": "scale byte",
     "element": "element of the block",
