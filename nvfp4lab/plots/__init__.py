@@ -15,5 +15,8 @@ from nvfp4lab.plots.common import STYLE as STYLE
 from nvfp4lab.plots.common import recipe_colors as recipe_colors
 from nvfp4lab.plots.layers import qsnr_by_layer as qsnr_by_layer
 from nvfp4lab.plots.layers import share_by_layer as share_by_layer
+from nvfp4lab.plots.rounding import change_by_variant as change_by_variant
+from nvfp4lab.plots.rounding import error_by_quotient as error_by_quotient
+from nvfp4lab.plots.rounding import tie_shares as tie_shares
 from nvfp4lab.plots.scales import scale_histogram as scale_histogram
 from nvfp4lab.plots.speed import speed_over_tokens as speed_over_tokens
