@@ -17,5 +17,8 @@ from nvfp4lab.plots.downstream import error_by_operand as error_by_operand
 from nvfp4lab.plots.downstream import error_by_stage as error_by_stage
 from nvfp4lab.plots.layers import qsnr_by_layer as qsnr_by_layer
 from nvfp4lab.plots.layers import share_by_layer as share_by_layer
+from nvfp4lab.plots.rounding import change_by_variant as change_by_variant
+from nvfp4lab.plots.rounding import error_by_quotient as error_by_quotient
+from nvfp4lab.plots.rounding import tie_shares as tie_shares
 from nvfp4lab.plots.scales import scale_histogram as scale_histogram
 from nvfp4lab.plots.speed import speed_over_tokens as speed_over_tokens
