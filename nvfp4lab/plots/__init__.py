@@ -13,6 +13,10 @@ from nvfp4lab.plots.blocks import explained_block as explained_block
 from nvfp4lab.plots.common import LABELS as LABELS
 from nvfp4lab.plots.common import STYLE as STYLE
 from nvfp4lab.plots.common import recipe_colors as recipe_colors
+from nvfp4lab.plots.distributions import channels_by_size as channels_by_size
+from nvfp4lab.plots.distributions import code_shares as code_shares
+from nvfp4lab.plots.distributions import qsnr_by_crest as qsnr_by_crest
+from nvfp4lab.plots.distributions import qsnr_spread as qsnr_spread
 from nvfp4lab.plots.downstream import error_by_operand as error_by_operand
 from nvfp4lab.plots.downstream import error_by_stage as error_by_stage
 from nvfp4lab.plots.layers import qsnr_by_layer as qsnr_by_layer
