@@ -1,8 +1,8 @@
 """report: a capture in, one page out that says where which recipe is safe.
 
 `write_report` sweeps the capture, then runs notebooks/report.ipynb on what was counted and writes
-the page. The judgements are here (`verdicts`, `sentences`, `channels`), the order of the page and
-its figures are the notebook's. To judge by another rule, change `Limits` or `_reasons`.
+the page. The judgements are here (`verdicts`, `summary`, `table`, `channels`), the order of the
+page and its figures are the notebook's. To judge by another rule, change `Limits` or `_reasons`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from nvfp4lab.sweeps import Swept, sweep_statistics
 
@@ -87,21 +88,47 @@ def _reasons(row: dict[str, Any], token_short: float, limits: Limits) -> Iterabl
         yield f"gain {row['gain']:.3f}"
 
 
-def sentences(judged: pd.DataFrame) -> list[str]:
-    """What `verdicts` come to, a sentence a recipe, the safest first."""
-    sites = len(judged[["layer", "site"]].drop_duplicates())
-    said = []
+def summary(judged: pd.DataFrame) -> pd.DataFrame:
+    """What `verdicts` come to: a row a recipe, the safest first.
+
+    Columns: recipe; safe, lossy and broken, at how many sites it is; worst, which site and why.
+    """
+    rows = []
     for recipe, own in judged.groupby("recipe", sort=False):
-        counts = {verdict: list(own["verdict"]).count(verdict) for verdict in VERDICTS}
-        sentence = f"{recipe}: safe at {counts['safe']} of {sites} sites"
-        for verdict in ("lossy", "broken"):
-            if counts[verdict]:
-                sentence += f", {verdict} at {counts[verdict]}"
+        verdicts = list(own["verdict"])
         worst = own.sort_values(["lost", "short_db"], ascending=False).to_dict("records")[0]
-        if worst["verdict"] != "safe":
-            sentence += f"; worst at layer {worst['layer']} {worst['site']}: {worst['why']}"
-        said.append((counts["broken"], counts["lossy"], sentence + "."))
-    return [sentence for *_, sentence in sorted(said, key=lambda s: s[:2])]
+        where = f"layer {worst['layer']} {worst['site']}: {worst['why']}"
+        counts = {verdict: verdicts.count(verdict) for verdict in VERDICTS}
+        rows.append({"recipe": recipe, **counts, "worst": where if worst["why"] else ""})
+    frame = pd.DataFrame(rows)
+    return frame.sort_values(["broken", "lossy"], kind="stable", ignore_index=True)
+
+
+def table(judged: pd.DataFrame) -> Styler:
+    """`verdicts` as a table to look at: a row a site, a column a recipe, in each cell the QSNR, or
+    the share of tokens with a NaN; lossy and broken say so, and are coloured."""
+
+    def said(row: dict[str, Any]) -> str:
+        if row["verdict"] == "broken":
+            return f"NaN in {row['tokens_lost']:.2%} of tokens"
+        return f"{row['qsnr_db']:.1f} dB" + (", lossy" if row["verdict"] == "lossy" else "")
+
+    rows = judged.to_dict("records")
+    cells = judged.assign(said=[said(row) for row in rows])
+    order = {"index": ["layer", "site"], "columns": "recipe"}
+    text = cells.pivot(**order, values="said")[list(dict.fromkeys(judged["recipe"]))]
+    colors = cells.pivot(**order, values="verdict").reindex_like(text).replace(_COLORS)
+    text.columns.name = None
+    return (
+        text.style.apply(lambda _: colors, axis=None)
+        .format(escape="html")
+        .format_index(escape="html")
+        .format_index(escape="html", axis="columns")
+    )
+
+
+_INK = "color: #1c1f23; background-color: "  # on a dark page too
+_COLORS = {"safe": f"{_INK}#dcebf7", "lossy": f"{_INK}#fdf0c8", "broken": f"{_INK}#f8d0bd"}
 
 
 def channels(swept: Swept, recipe: str) -> pd.DataFrame:

@@ -197,7 +197,7 @@ def _runs(cell: NotebookNode) -> bool:
 
 
 def _inject(notebook: NotebookNode, parameters: Mapping[str, Any], name: str) -> None:
-    """Add a cell that assigns `parameters` after the one tagged `parameters`."""
+    """Add a cell that assigns `parameters` after the one tagged `parameters`, folded as that is."""
     cells = notebook.cells
     tagged = [i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1:
@@ -216,7 +216,8 @@ def _inject(notebook: NotebookNode, parameters: Mapping[str, Any], name: str) ->
             given = type(value).__name__
             raise TypeError(f"parameter {key} must be a Python literal, given {given}") from None
     source = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
-    cells.insert(tagged[0] + 1, nbformat.v4.new_code_cell(source))
+    folding = {k: v for k, v in cells[tagged[0]].metadata.items() if k == "jupyter"}
+    cells.insert(tagged[0] + 1, nbformat.v4.new_code_cell(source, metadata=folding))
 
 
 def _explain(error: Exception, cell: NotebookNode, timeout: float | None) -> str:

@@ -180,6 +180,10 @@ def test_wheel_carries_the_shipped_activations(wheel):
     assert {f"nvfp4lab/_data/{name}" for name in shipped} <= wheel
 
 
+def test_wheel_carries_the_reports_notebook_and_no_other(wheel):
+    assert [n for n in wheel if n.endswith(".ipynb")] == ["nvfp4lab/_notebooks/report.ipynb"]
+
+
 def test_wheel_carries_nothing_else(wheel):
     folders = {name.split("/")[0] for name in wheel}
     assert {f for f in folders if not f.endswith(".dist-info")} == {"nvfp4lab"}

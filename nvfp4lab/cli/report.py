@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         except (OSError, ValueError, RuntimeError) as error:
             raise CommandError(str(error)) from error
     progress.end("ok")
-    print("\n".join(report.sentences(report.verdicts(swept))))
+    print(report.summary(report.verdicts(swept)).to_string(index=False))
     print(f"Open {args.out}; the full statistics are in {state}")
     for failure in swept.failed:
         print(f"nvfp4lab: not counted: {failure}", file=sys.stderr)

@@ -11,6 +11,8 @@ from pathlib import Path
 from nvfp4lab.cli.command import CommandError
 from nvfp4lab.cli.progress import Progress
 
+REPORT = "report"  # the one notebook that has no number, and no finding of its own
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     text = "Run the notebooks on the shipped activations and write them as HTML pages."
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             if args.in_place:
                 text = nbformat.writes(runs.normalise(notebook)) + "\n"
                 _replace(path, text.encode("utf-8"))
-                if figure := runs.first_figure(notebook):
+                if path.stem != REPORT and (figure := runs.first_figure(notebook)):
                     images = path.parent / "images"
                     images.mkdir(exist_ok=True)
                     _replace(images / f"{path.stem}.png", figure)
@@ -93,11 +95,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _find_notebooks() -> list[Path]:
-    """NN_*.ipynb of the repository: in ./notebooks, or in the one beside the package."""
+    """NN_*.ipynb of the repository, in ./notebooks or in the one beside the package, and the
+    report's, which then is on the shipped activations."""
     folders = [Path.cwd() / "notebooks", Path(__file__).resolve().parents[2] / "notebooks"]
     for folder in folders:
         if found := sorted(folder.glob("[0-9][0-9]_*.ipynb")):
-            return found
+            return [*found, *folder.glob(f"{REPORT}.ipynb")]
     raise CommandError(
         "found no notebooks/NN_*.ipynb in "
         + " or ".join(str(folder.parent) for folder in dict.fromkeys(folders))

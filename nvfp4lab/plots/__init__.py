@@ -12,6 +12,7 @@ from nvfp4lab.plots.blocks import block as block
 from nvfp4lab.plots.blocks import explained_block as explained_block
 from nvfp4lab.plots.common import LABELS as LABELS
 from nvfp4lab.plots.common import STYLE as STYLE
+from nvfp4lab.plots.common import legend_below as legend_below
 from nvfp4lab.plots.common import recipe_colors as recipe_colors
 from nvfp4lab.plots.distributions import channels_by_size as channels_by_size
 from nvfp4lab.plots.distributions import code_shares as code_shares

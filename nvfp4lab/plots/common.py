@@ -55,3 +55,13 @@ def recipe_colors(names: Iterable[str]) -> dict[str, str]:
 def legend_beside(ax: Axes) -> None:
     """The legend to the right of the axes, where it covers nothing."""
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+
+
+def legend_below(ax: Axes, columns: int = 2) -> None:
+    """Moves the legend that is there under the axes, so that a narrow figure keeps its width."""
+    legend = ax.get_legend()
+    if legend is not None:
+        handles = [h for h in legend.legend_handles if h is not None]
+        labels = [text.get_text() for text in legend.get_texts()]
+        place = {"loc": "upper left", "bbox_to_anchor": (0, -0.2)}
+        ax.legend(handles, labels, ncols=columns, frameon=False, **place)

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 
 from nvfp4lab.plots.common import LABELS, recipe_colors
 
+TICKS = 14  # at most so many layers are named
+
 
 def qsnr_by_layer(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """QSNR over the layers, a line a recipe, a marker a site.
@@ -45,7 +47,7 @@ def _over_layers(frame: pd.DataFrame, y: str, hue: str, ax: Axes | None) -> Axes
     )
     layers = sorted(frame["layer"].unique())
     margin = 0.04 * (layers[-1] - layers[0]) or 0.5
-    ax.set(xlabel=LABELS["layer"], ylabel=LABELS[y], xticks=layers)
+    ax.set(xlabel=LABELS["layer"], ylabel=LABELS[y], xticks=layers[:: -(-len(layers) // TICKS)])
     ax.set_xlim(layers[0] - margin, layers[-1] + margin)  # also where nothing is drawn
     sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), frameon=False)
     return ax
