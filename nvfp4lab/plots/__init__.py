@@ -15,5 +15,9 @@ from nvfp4lab.plots.common import STYLE as STYLE
 from nvfp4lab.plots.common import recipe_colors as recipe_colors
 from nvfp4lab.plots.layers import qsnr_by_layer as qsnr_by_layer
 from nvfp4lab.plots.layers import share_by_layer as share_by_layer
+from nvfp4lab.plots.scales import qsnr_by_amax as qsnr_by_amax
+from nvfp4lab.plots.scales import qsnr_over_sigma as qsnr_over_sigma
 from nvfp4lab.plots.scales import scale_histogram as scale_histogram
+from nvfp4lab.plots.scales import scale_over_amax as scale_over_amax
+from nvfp4lab.plots.scales import share_by_amax as share_by_amax
 from nvfp4lab.plots.speed import speed_over_tokens as speed_over_tokens
