@@ -25,5 +25,9 @@ from nvfp4lab.plots.layers import share_by_layer as share_by_layer
 from nvfp4lab.plots.rounding import change_by_variant as change_by_variant
 from nvfp4lab.plots.rounding import error_by_quotient as error_by_quotient
 from nvfp4lab.plots.rounding import tie_shares as tie_shares
+from nvfp4lab.plots.scales import qsnr_by_amax as qsnr_by_amax
+from nvfp4lab.plots.scales import qsnr_over_sigma as qsnr_over_sigma
 from nvfp4lab.plots.scales import scale_histogram as scale_histogram
+from nvfp4lab.plots.scales import scale_over_amax as scale_over_amax
+from nvfp4lab.plots.scales import share_by_amax as share_by_amax
 from nvfp4lab.plots.speed import speed_over_tokens as speed_over_tokens
