@@ -42,7 +42,7 @@ def qsnr_by_crest(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax = ax or plt.gca()
     for (name, color), marker in zip(recipe_colors(frame["name"]).items(), cycle(MARKERS)):
-        rows = frame[frame["name"] == name].sort_values("crest")
+        rows = frame[frame["name"] == name].sort_values(by="crest")
         if name == frame["name"].iloc[0]:
             ax.fill_between(rows["crest"], rows["low"], rows["high"], color=color, alpha=0.15, lw=0)
         ax.plot(rows["crest"], rows["median"], color=color, marker=marker, ms=5, label=name)
