@@ -10,6 +10,7 @@ import ast
 import asyncio
 import base64
 import hashlib
+import io
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert.filters import strip_ansi
 from nbformat import NotebookNode
+from PIL import Image
 from traitlets.config import Config
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -146,8 +148,9 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
 
     Cells are numbered 1..n in order, metadata keeps only tags and folding, the kernel is plain
     `python3`; memory addresses, the kernel's process id in warnings, and the random ids of styled
-    pandas tables are replaced. The digest of its cells is noted, so that outputs which are older
-    than the cells are found. Running it twice changes nothing more.
+    pandas tables are replaced, and pictures have 256 colours, a third of the bytes. The digest of
+    its cells is noted, so that outputs which are older than the cells are found. Running it twice
+    changes nothing more.
     """
     notebook.metadata = nbformat.from_dict(
         {
@@ -171,6 +174,8 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
             for kind in texts.keys() & {"text", "text/plain"}:
                 text = re.sub(r"\b0x[0-9a-f]{8,16}\b", "0x…", texts[kind])
                 texts[kind] = re.sub(r"\S*ipykernel_\d+/\d+\.py", "<cell>", text)
+            if picture := texts.get("image/png"):
+                texts["image/png"] = _in_256_colours(picture)
             if markup := texts.get("text/html"):
                 own = rf"\g<1>{count}-{position}"
                 texts["text/html"] = re.sub(r'(["#]T_)[0-9a-f]{5}(?=[_"])', own, markup)
@@ -190,6 +195,17 @@ def first_figure(notebook: NotebookNode) -> bytes | None:
             if picture := output.get("data", {}).get("image/png"):
                 return base64.b64decode(picture)
     return None
+
+
+def _in_256_colours(picture: str) -> str:
+    """A PNG in base64, opaque, of at most 256 colours: what figures of lines and marks need."""
+    image = Image.open(io.BytesIO(base64.b64decode(picture)))
+    if image.mode == "P":
+        return picture
+    page = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    small = io.BytesIO()
+    page.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return base64.b64encode(small.getvalue()).decode()
 
 
 def _runs(cell: NotebookNode) -> bool:

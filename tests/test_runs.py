@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat import v4
+from PIL import Image
 from tiny_notebooks import TABLE, example, write
 
 from nvfp4lab import runs
@@ -128,3 +132,24 @@ def test_outputs_older_than_their_cells_are_told_by_the_digest():
     before = runs.digest(notebook)
     notebook.cells[1].source = "other words"
     assert runs.digest(notebook) == before
+
+
+def test_pictures_keep_their_look_in_256_colours():
+    rng = np.random.default_rng(0)
+    shades = rng.integers(0, 256, 600)
+    pixels = np.zeros((40, 60, 4), np.uint8)
+    pixels[..., 1] = shades[rng.integers(0, 600, (40, 60))]
+    pixels[..., 3] = 255
+    pixels[:5, :, 3] = 0  # transparent: the page's white
+    before = io.BytesIO()
+    Image.fromarray(pixels).save(before, "PNG")
+    data = {"image/png": base64.b64encode(before.getvalue()).decode()}
+    cell = v4.new_code_cell("1", outputs=[v4.new_output("display_data", data=data)])
+    notebook = runs.normalise(v4.new_notebook(cells=[cell]))
+    once = notebook.cells[0].outputs[0].data["image/png"]
+    image = Image.open(io.BytesIO(base64.b64decode(once)))
+    assert image.mode == "P" and image.size == (60, 40)
+    after = np.asarray(image.convert("RGB")).astype(int)
+    assert (after[:5] == 255).all()
+    assert np.abs(after[5:] - pixels[5:, :, :3]).max() <= 4
+    assert runs.normalise(notebook).cells[0].outputs[0].data["image/png"] == once
