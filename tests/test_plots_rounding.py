@@ -70,6 +70,12 @@ def test_the_axis_of_changes_is_linear_about_zero_and_has_its_label():
     assert (ax.get_xscale(), ax.get_xlabel()) == ("symlog", "QSNR (dB)")
 
 
+def test_changes_that_are_all_zero_are_drawn_with_zero_on_the_axis():
+    frame = CHANGES.assign(change=0.0)
+    ax = plots.change_by_variant(frame, "change", "QSNR (dB)", 1e-3, Figure().subplots())
+    assert 0.0 in ax.get_xticks()
+
+
 def test_ties_are_a_line_counted_and_markers_measured_for_each_midpoint():
     frame = pd.DataFrame(
         {

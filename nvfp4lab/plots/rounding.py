@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import cycle
 
 import matplotlib.pyplot as plt
@@ -29,13 +30,14 @@ def change_by_variant(
     ax.axvline(0, color=NEUTRAL, lw=1, zorder=1)
     for i, ((name, color), marker) in enumerate(zip(colors.items(), cycle(MARKERS))):
         rows = frame[frame["set"] == name]
-        height = rows["variant"].map(variants.index) + 0.4 * ((i + 0.5) / len(colors) - 0.5)
+        beside = 0.4 * ((i + 0.5) / len(colors) - 0.5)
+        height = [variants.index(variant) + beside for variant in rows["variant"]]
         ax.plot(rows[x], height, marker, color=color, ms=5, alpha=0.6, mew=0, label=name)
     ax.set_xscale("symlog", linthresh=linear_to)
-    powers = linear_to * 10.0 ** np.arange(np.ceil(np.log10(frame[x].abs().max() / linear_to)) + 1)
-    ticks = np.array([*-powers[::-1], 0.0, *powers])
+    largest = max(linear_to, float(np.abs(frame[x].to_numpy()).max()))
+    powers = [linear_to * 10**k for k in range(math.ceil(math.log10(largest / linear_to)) + 1)]
     low, high = ax.get_xlim()
-    ax.set_xticks(ticks[(low <= ticks) & (ticks <= high)])
+    ax.set_xticks([t for t in (*(-p for p in powers), 0.0, *powers) if low <= t <= high])
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
     ax.tick_params(axis="x", labelsize="small")
     ax.set_xlim(low, high)
@@ -52,18 +54,18 @@ def tie_shares(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     shares; a row for each midpoint and significand.
     """
     ax = ax or plt.gca()
-    colors = recipe_colors(f"{m:g}" for m in frame["midpoint"])
+    frame = frame.sort_values("significand", kind="stable")
+    colors = recipe_colors(f"{m:g}" for m in sorted(frame["midpoint"]))
     for (name, color), marker in zip(colors.items(), cycle(MARKERS)):
-        rows = frame[frame["midpoint"] == float(name)].sort_values("significand")
+        rows = frame[frame["midpoint"] == float(name)]
         ax.plot(rows["significand"], rows["counted"], color=color, lw=1.2)
         ax.plot(rows["significand"], rows["measured"], marker, color=color, ms=5, label=name)
     significands = np.unique(frame["significand"])
     ax.set_xticks(significands, [f"{s:g}" for s in significands])
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    ax.set(xlabel="significand of the scale", ylabel="ties near the midpoint")
-    legend_beside(ax)
-    ax.get_legend().set(title="midpoint")
+    ax.set(xlabel="significand of the scale", ylabel="ties, of the elements there")
+    ax.legend(title="midpoint", loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
@@ -85,8 +87,9 @@ def error_by_quotient(
     for (name, color), marker in zip(colors.items(), cycle(MARKERS)):
         rows = frame[(frame["recipe"] == name) & np.isfinite(frame["quotient_to"])].dropna()
         middle = (rows["quotient_from"] + rows["quotient_to"]) / 2
-        first = {"ms": 4.0} if name == names[0] else {"ms": 5.0, "mfc": "none"}
-        ax.plot(middle, rows[y], marker, color=color, mew=0.8, label=name, **first)
+        filled = name == names[0]
+        (dots,) = ax.plot(middle, rows[y], marker, color=color, mew=0.8, label=name)
+        dots.set(markersize=4 if filled else 5, markerfacecolor=color if filled else "none")
     ax.set(xlabel=QUOTIENT, ylabel=OF_ERROR[y], xlim=(0, 7))
     legend_beside(ax)
     return ax
