@@ -41,9 +41,10 @@ def qsnr_by_crest(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     frame: columns name, crest (amax / rms), low, median, high, the last three in dB.
     """
     ax = ax or plt.gca()
-    for (name, color), marker in zip(recipe_colors(frame["name"]).items(), cycle(MARKERS)):
-        rows = frame[frame["name"] == name].sort_values(by="crest")
-        if name == frame["name"].iloc[0]:
+    colors, frame = recipe_colors(frame["name"]), frame.sort_values("crest")
+    for (name, color), marker in zip(colors.items(), cycle(MARKERS)):
+        rows = frame[frame["name"] == name]
+        if name == next(iter(colors)):
             ax.fill_between(rows["crest"], rows["low"], rows["high"], color=color, alpha=0.15, lw=0)
         ax.plot(rows["crest"], rows["median"], color=color, marker=marker, ms=5, label=name)
     ax.set(xlabel="crest factor of the block, amax / rms", ylabel=LABELS["qsnr_db"])
