@@ -43,8 +43,9 @@ def verdicts(swept: Swept, limits: Limits = Limits()) -> pd.DataFrame:
 
     Columns: layer, site, recipe, verdict, why, qsnr_db, short_db (of the baseline's QSNR),
     token_qsnr_db (that the worst 1 % of tokens do not exceed; NaN where one of them is lost), gain,
-    lost (finite elements that decode to NaN or Inf), blocks_lost and tokens_lost (shares of blocks
-    with a NaN scale, and of tokens with a lost element).
+    lost (finite elements that decode to NaN or Inf), own_nan (elements of x that are NaN or Inf),
+    blocks_lost and tokens_lost (shares of blocks with a NaN scale, and of tokens with a lost
+    element).
 
     broken: a finite element decodes to NaN or Inf. lossy: beyond one of the limits. safe: neither.
 
@@ -64,6 +65,7 @@ def verdicts(swept: Swept, limits: Limits = Limits()) -> pd.DataFrame:
             "token_qsnr_db": own.qsnr_quantile("token", WORST_TOKENS),
             "gain": own.gain,
             "lost": own.nonfinite_output,
+            "own_nan": own.nonfinite_input,
             "blocks_lost": own.scale_shares["nan"],
             "tokens_lost": tokens_lost,
         }
@@ -79,6 +81,7 @@ def _reasons(row: dict[str, Any], token_short: float, limits: Limits) -> Iterabl
     if row["lost"]:
         yield (
             f"NaN in {row['tokens_lost']:.2%} of the tokens, by {row['blocks_lost']:.2%} NaN scales"
+            + (f" ({row['own_nan']} elements were NaN or Inf before)" if row["own_nan"] else "")
         )
     if row["short_db"] > limits.short_db:
         yield f"{row['short_db']:.1f} dB short of exact scales"
@@ -119,12 +122,12 @@ def table(judged: pd.DataFrame) -> Styler:
     text = cells.pivot(**order, values="said")[list(dict.fromkeys(judged["recipe"]))]
     colors = cells.pivot(**order, values="verdict").reindex_like(text).replace(_COLORS)
     text.columns.name = None
-    return (
-        text.style.apply(lambda _: colors, axis=None)
-        .format(escape="html")
-        .format_index(escape="html")
-        .format_index(escape="html", axis="columns")
-    )
+    styled = text.style
+    styled.apply(lambda _: colors, axis=None)
+    styled.format(escape="html")
+    for axis in ("index", "columns"):
+        styled.format_index(escape="html", axis=axis)
+    return styled
 
 
 _INK = "color: #1c1f23; background-color: "  # on a dark page too
