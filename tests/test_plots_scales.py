@@ -38,7 +38,7 @@ def test_theory_is_a_line_without_markers_and_the_sample_markers_without_a_line(
     frame = over_sigma("seed", "theory", "measured")
     theory, measured, _ = plots.qsnr_over_sigma(frame, Figure().subplots()).get_lines()
     assert [(t.get_marker(), t.get_linestyle()) for t in (theory, measured)] == [
-        ("", "-"),
+        ("None", "-"),
         ("o", "None"),
     ]
     for i, line in enumerate((theory, measured)):
