@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from itertools import cycle
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -79,12 +80,13 @@ def scale_over_amax(
     names = list(dict.fromkeys(frame["recipe"]))
     colors = recipe_colors(names) if colors is None else colors
     for i, recipe in enumerate(names):
-        rows = frame[frame["recipe"] == recipe]
-        nan = rows["scale_code"] == fmt.nan_code
-        line = {"color": colors[recipe], "lw": 1.2 if i else 3.5}
-        number = rows["scale_code"].where(~nan)
-        ax.plot(rows["amax"], number, drawstyle="steps-post", label=recipe, **line)
-        ax.plot(rows["amax"][nan], rows["scale_code"][nan], "x", color=colors[recipe], ms=4, mew=1)
+        rows = frame.query("recipe == @recipe")
+        amax, code, color = rows["amax"].to_numpy(), rows["scale_code"].to_numpy(), colors[recipe]
+        nan = code == fmt.nan_code
+        width = 1.2 if i else 3.5
+        steps = np.where(nan, np.nan, code)
+        ax.plot(amax, steps, drawstyle="steps-post", color=color, lw=width, label=recipe)
+        ax.plot(amax[nan], code[nan], "x", color=color, ms=4, mew=1)
     smallest_normal = fmt.magnitudes.index(fmt.smallest_normal)
     ax.axhspan(-0.5, smallest_normal - 0.5, color=NEUTRAL, alpha=0.12, lw=0)
     ax.axhspan(fmt.code_of_max + 0.5, fmt.code_of_max + 1.5, color=NAN_RED, alpha=0.25, lw=0)
@@ -102,7 +104,7 @@ def scale_over_amax(
             color=color,
             bbox={"fc": "white", "ec": "none", "pad": 1} if text == "NaN" else None,
         )
-    _log2_axis(ax, frame["amax"])
+    _log2_axis(ax, frame["amax"].to_numpy())
     ticks = range(0, len(fmt.magnitudes), 1 << (fmt.mantissa_bits + 1))
     ax.set_yticks(ticks, [f"0x{t:02X} = {fmt.magnitudes[t]:.3g}" for t in ticks])
     ax.set(xlabel="amax of the block", ylabel=f"{LABELS['scale_code']} and its value")
@@ -115,21 +117,19 @@ def qsnr_over_sigma(
 ) -> Axes:
     """QSNR over the sigma of the elements: theory as a line, what was measured as markers.
 
-    frame: columns recipe, source ("theory" or "measured"), sigma, qsnr_db. Markers that no theory
-    goes with are joined by dots. colors: of each recipe, where panels are to agree.
+    frame: columns recipe, source ("theory" or "measured"), sigma, qsnr_db. colors: of each recipe,
+    where pictures are to agree.
     """
     ax = ax or plt.gca()
     colors = recipe_colors(frame["recipe"]) if colors is None else colors
     for recipe, marker in zip(dict.fromkeys(frame["recipe"]), cycle(MARKERS)):
-        rows = frame[frame["recipe"] == recipe].sort_values("sigma")
-        theory, measured = (rows[rows["source"] == s] for s in ("theory", "measured"))
-        line = {"color": colors[recipe], "marker": marker, "ms": 5}
-        if len(theory):
-            ax.plot(theory["sigma"], theory["qsnr_db"], **line | {"marker": ""})
-        style = "none" if len(theory) else ":"
-        ax.plot(measured["sigma"], measured["qsnr_db"], ls=style, **line, label="_measured")
-        ax.plot([], [], **line, ls="-" if len(theory) else ":", label=recipe)
-    _log2_axis(ax, frame["sigma"])
+        rows, color = frame.query("recipe == @recipe").sort_values("sigma"), colors[recipe]
+        theory, measured = (rows.query("source == @s") for s in ("theory", "measured"))
+        line, points = ("-" if len(theory) else "none"), {"marker": marker, "ms": 5}
+        ax.plot(theory["sigma"], theory["qsnr_db"], color=color)
+        ax.plot(measured["sigma"], measured["qsnr_db"], color=color, ls="none", **points)
+        ax.plot([], [], color=color, ls=line, label=recipe, **points)
+    _log2_axis(ax, frame["sigma"].to_numpy())
     ax.set(xlabel="σ of the elements", ylabel=LABELS["qsnr_db"])
     legend_beside(ax)
     return ax
@@ -145,13 +145,13 @@ def qsnr_by_amax(
     each recipe, where pictures are to agree.
     """
     ax = ax or plt.gca()
-    frame = frame[frame["amax_from"] > 0]
+    frame = frame.query("amax_from > 0")
     colors = recipe_colors(frame["recipe"]) if colors is None else colors
     for recipe, marker in zip(dict.fromkeys(frame["recipe"]), cycle(MARKERS)):
-        rows = frame[frame["recipe"] == recipe].sort_values("amax_from")
-        line = {"color": colors[recipe], "marker": marker, "ms": 5}
-        ax.plot(rows["amax_from"] * math.sqrt(2), rows["qsnr_db"], label=recipe, **line)
-    _log2_axis(ax, frame["amax_from"], frame["amax_from"] * 2)
+        rows = frame.query("recipe == @recipe").sort_values("amax_from")
+        middle, color = rows["amax_from"] * math.sqrt(2), colors[recipe]
+        ax.plot(middle, rows["qsnr_db"], color=color, marker=marker, ms=5, label=recipe)
+    _log2_axis(ax, _binade_edges(frame))
     ax.set(xlabel="amax of the block", ylabel=LABELS["qsnr_db"])
     legend_beside(ax)
     return ax
@@ -164,25 +164,29 @@ def share_by_amax(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     row of blocks of zeros (amax_from 0) is not drawn.
     """
     ax = ax or plt.gca()
-    frame = frame[frame["amax_from"] > 0]
+    frame = frame.query("amax_from > 0")
     kinds = list(dict.fromkeys(frame["kind"]))
     for i, kind in enumerate(kinds):
-        rows = frame[frame["kind"] == kind]
+        rows = frame.query("kind == @kind")
         left, right = (rows["amax_from"] * 2 ** ((i + at) / len(kinds)) for at in (0.1, 0.9))
         grey = str(0.75 - 0.5 * i / max(1, len(kinds) - 1))
         ax.bar(left, rows["share"], right - left, align="edge", color=grey, label=kind)
-    _log2_axis(ax, frame["amax_from"], frame["amax_from"] * 2)
+    _log2_axis(ax, _binade_edges(frame))
     ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     ax.set(xlabel="amax of the block", ylabel="share")
     legend_beside(ax)
     return ax
 
 
-def _log2_axis(ax: Axes, *values: pd.Series) -> None:
-    """A log2 axis of x around the values, with ticks at every second to fourth power of two."""
-    low = min(math.log2(v.min()) for v in values)
-    high = max(math.log2(v.max()) for v in values)
-    margin = 0.02 * (high - low)
+def _binade_edges(frame: pd.DataFrame) -> np.ndarray:
+    low = frame["amax_from"].to_numpy()
+    return np.concatenate([low, 2 * low])
+
+
+def _log2_axis(ax: Axes, values: np.ndarray) -> None:
+    """A log2 axis of x around the values, with ticks at every first, second or fourth power."""
+    low, high = (math.log2(value) for value in (np.min(values), np.max(values)))
+    margin = 0.02 * (high - low) or 0.5
     ax.set_xscale("log", base=2)
     ax.set_xlim(2 ** (low - margin), 2 ** (high + margin))
     step = 1 if high - low <= 12 else 2 if high - low <= 20 else 4
