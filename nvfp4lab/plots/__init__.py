@@ -15,5 +15,9 @@ from nvfp4lab.plots.common import STYLE as STYLE
 from nvfp4lab.plots.common import recipe_colors as recipe_colors
 from nvfp4lab.plots.layers import qsnr_by_layer as qsnr_by_layer
 from nvfp4lab.plots.layers import share_by_layer as share_by_layer
+from nvfp4lab.plots.recipes import codes_and_decibels as codes_and_decibels
+from nvfp4lab.plots.recipes import dots as dots
+from nvfp4lab.plots.recipes import pair_matrix as pair_matrix
+from nvfp4lab.plots.recipes import scale_steps as scale_steps
 from nvfp4lab.plots.scales import scale_histogram as scale_histogram
 from nvfp4lab.plots.speed import speed_over_tokens as speed_over_tokens
