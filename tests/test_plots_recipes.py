@@ -82,7 +82,7 @@ def test_the_matrix_has_codes_above_the_diagonal_and_scales_below_whatever_the_o
 def test_the_matrix_writes_every_share_zero_included():
     frame = pd.DataFrame({"a": ["x"], "b": ["y"], "codes": [0.0312], "scales": [0.0]})
     ax = plots.pair_matrix(frame, ax=Figure().subplots())
-    assert sorted(text.get_text() for text in ax.texts if text.get_text()) == ["0", "3.1%"]
+    assert sorted(text.get_text() for text in ax.texts if text.get_text()) == ["0", "3.1"]
 
 
 def test_codes_and_decibels_are_those_of_the_frame_and_small_differences_lie_on_the_floor():

@@ -69,10 +69,10 @@ def dots(
 
 
 def pair_matrix(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Pairs of recipes: above the diagonal the share of codes that differ, below it that of scales.
+    """Pairs of recipes: above the diagonal the codes that differ, below it the scales, in percent.
 
-    frame: columns a, b, codes, scales (shares), a row a pair, each pair once. A share of zero is
-    written 0 and has no colour.
+    frame: columns a, b, codes, scales (shares), a row a pair, each pair once. Colours are
+    logarithmic; a share of zero is written 0 and has none.
     """
     ax = ax or plt.gca()
     names = list(dict.fromkeys([*frame["a"], *frame["b"]]))
@@ -82,7 +82,7 @@ def pair_matrix(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         shares.iloc[above, below], shares.iloc[below, above] = codes, scales
     positive = shares.where(shares > 0)
     norm = LogNorm(float(np.nanmin(positive)), float(np.nanmax(positive)))
-    written = shares.map(lambda share: "" if np.isnan(share) else _percent(share))
+    written = shares.map(lambda share: "" if np.isnan(share) else f"{100 * share:.2g}")
     sns.heatmap(positive, annot=written, fmt="", norm=norm, cmap="cividis", cbar=False, square=True,
                 linewidths=1, annot_kws={"fontsize": "x-small"}, ax=ax)  # fmt: skip
     for i, j in np.argwhere((shares == 0).to_numpy()):  # seaborn writes only where there is colour
@@ -90,7 +90,7 @@ def pair_matrix(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.grid(False)
     ax.tick_params(length=0)
     ax.set_xticks(ax.get_xticks(), names, rotation=35, ha="right", rotation_mode="anchor")
-    ax.set(xlabel="above the diagonal: codes; below: scale bytes", ylabel="")
+    ax.set(xlabel="% that differ: codes above the diagonal, scale bytes below", ylabel="")
     return ax
 
 
@@ -153,7 +153,3 @@ def _places(
 
 def _label(column: str) -> str:
     return {**LABELS, **OWN_LABELS}.get(column, column)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g}%" if share else "0"
