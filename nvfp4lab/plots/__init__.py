@@ -22,6 +22,10 @@ from nvfp4lab.plots.downstream import error_by_operand as error_by_operand
 from nvfp4lab.plots.downstream import error_by_stage as error_by_stage
 from nvfp4lab.plots.layers import qsnr_by_layer as qsnr_by_layer
 from nvfp4lab.plots.layers import share_by_layer as share_by_layer
+from nvfp4lab.plots.recipes import codes_and_decibels as codes_and_decibels
+from nvfp4lab.plots.recipes import dots as dots
+from nvfp4lab.plots.recipes import pair_matrix as pair_matrix
+from nvfp4lab.plots.recipes import scale_steps as scale_steps
 from nvfp4lab.plots.rounding import change_by_variant as change_by_variant
 from nvfp4lab.plots.rounding import error_by_quotient as error_by_quotient
 from nvfp4lab.plots.rounding import tie_shares as tie_shares
