@@ -17,3 +17,5 @@ from nvfp4lab.plots.layers import qsnr_by_layer as qsnr_by_layer
 from nvfp4lab.plots.layers import share_by_layer as share_by_layer
 from nvfp4lab.plots.scales import scale_histogram as scale_histogram
 from nvfp4lab.plots.speed import speed_over_tokens as speed_over_tokens
+from nvfp4lab.plots.theory import curves as curves
+from nvfp4lab.plots.theory import deviations as deviations
