@@ -20,7 +20,7 @@ NAMES = LABELS | {
     "mean_crest": "mean crest factor",
     "rms_crest": "rms of amax / rms of x",
     "gained_db": "QSNR gained (dB)",
-    "z": "(sampled − expected)\n/ standard error",
+    "z": "deviation /\nstandard error",
 }
 IN_OCTAVES = ("sigma", "block")
 
