@@ -274,6 +274,22 @@ def token_errors(x: torch.Tensor, q: Quantized | Recipe | str) -> pd.DataFrame:
     return with_ratios(pd.DataFrame({**first, **frame}))
 
 
+def sampled_nmse(frame: pd.DataFrame) -> tuple[float, float]:
+    """(NMSE, its standard error) over the rows of `block_errors` or `token_errors`.
+
+    The standard error is that of a ratio of sums whose rows are drawn independently (by the delta
+    method), good to about 1 / sqrt(2 rows) of it; NaN for a single row.
+
+    Raises: ValueError for a frame without a row.
+    """
+    if not len(frame):
+        raise ValueError("no row, so there is no error and none of its own")
+    ee, xx = frame["ee"].to_numpy(), frame["xx"].to_numpy()
+    nmse = ee.sum() / xx.sum()
+    spread = (ee - nmse * xx).std(ddof=1) if len(frame) > 1 else math.nan
+    return float(nmse), float(spread * math.sqrt(len(frame)) / xx.sum())
+
+
 def _pair(x: torch.Tensor, q: Quantized | Recipe | str) -> tuple[torch.Tensor, Quantized]:
     _check_order(x, q)
     x = x.detach() if isinstance(x, torch.Tensor) else x

@@ -316,3 +316,23 @@ def test_a_scale_with_a_sign_bit_is_classed_by_its_magnitude():
     negative = nv.Quantized(q.codes, q.scales | 0x80, None, q.recipe)
     got = nv.measure(x, negative)
     assert (got.scale_saturated, got.saturated, got.quotient_elements.sum()) == (1, 0, 16)
+
+
+def test_the_nmse_of_sampled_rows_is_the_whole_tensors():
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(3))
+    nmse, _ = errors.sampled_nmse(errors.token_errors(x, "nvfp4"))
+    assert nmse == pytest.approx(errors.measure(x, "nvfp4").nmse, rel=1e-9)
+
+
+def test_the_standard_error_of_a_sampled_nmse_is_the_spread_of_samples():
+    x = torch.randn(400, 32, 64, generator=torch.Generator().manual_seed(4))
+    samples = [errors.sampled_nmse(errors.token_errors(one, "nvfp4")) for one in x]
+    nmse, error = np.array(samples).T
+    assert np.sqrt(np.square(error).mean()) == pytest.approx(nmse.std(), rel=0.15)
+
+
+def test_a_sampled_nmse_of_one_row_has_no_standard_error_and_of_none_is_refused():
+    frame = errors.token_errors(torch.ones(1, 16), "nvfp4")
+    assert np.isnan(errors.sampled_nmse(frame)[1])
+    with pytest.raises(ValueError, match="no row"):
+        errors.sampled_nmse(frame[:0])

@@ -35,3 +35,5 @@ from nvfp4lab.plots.scales import scale_histogram as scale_histogram
 from nvfp4lab.plots.scales import scale_over_amax as scale_over_amax
 from nvfp4lab.plots.scales import share_by_amax as share_by_amax
 from nvfp4lab.plots.speed import speed_over_tokens as speed_over_tokens
+from nvfp4lab.plots.theory import curves as curves
+from nvfp4lab.plots.theory import deviations as deviations
