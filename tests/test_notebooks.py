@@ -38,7 +38,7 @@ def prose_of(notebook: nbformat.NotebookNode) -> str:
 
 
 def asserted_by(notebook: nbformat.NotebookNode) -> str:
-    """Every literal in an assert statement or in a table that one loops over, as text."""
+    """Every literal in an assert statement, as text."""
     found = []
     for cell in notebook.cells:
         if cell.cell_type == "code":

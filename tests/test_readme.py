@@ -1,6 +1,5 @@
 """The README holds: its examples print what it says, its picture is the notebook's."""
 
-import base64
 import contextlib
 import io
 import re
@@ -11,6 +10,7 @@ import nbformat
 import pytest
 
 import nvfp4lab as nv
+from nvfp4lab import runs
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "data"))
@@ -35,12 +35,40 @@ def test_every_recipe_is_in_the_table_with_its_summary():
     assert [(n, text.lower()) for n, text in rows] == [(n, text.lower()) for n, text in summaries]
 
 
-def test_the_picture_is_the_notebooks_first_figure():
-    notebook = nbformat.read(ROOT / "notebooks" / "01_staging.ipynb", as_version=4)
-    outputs = (o for c in notebook.cells for o in c.get("outputs", []))
-    figure = next(o.data["image/png"] for o in outputs if "image/png" in o.get("data", {}))
-    picture = (ROOT / "notebooks" / "images" / "01_staging.png").read_bytes()
-    assert picture == base64.b64decode(figure), "run: nvfp4lab study --in-place"
+PICTURES = re.findall(r"!\[[^]]*\]\(notebooks/images/(\w+)\.png\)", README)
+
+
+def test_there_are_two_pictures():
+    assert len(PICTURES) == 2
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_is_the_notebooks_first_figure(name):
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    picture = (ROOT / "notebooks" / "images" / f"{name}.png").read_bytes()
+    assert picture == runs.first_figure(notebook), "run: nvfp4lab study --in-place"
+
+
+# Paragraphs that begin in bold and end with the notebook that they are from.
+SAID = {
+    name: text
+    for text, name in re.findall(
+        r"^(\*\*(?:(?!\n\n).)*)\(\[(\w+)\]\(notebooks/", README, re.MULTILINE | re.DOTALL
+    )
+}
+
+
+def test_there_are_three_findings():
+    assert len(SAID) == 3
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_findings_numbers_are_those_of_its_notebooks_opening(name):
+    """There tests/test_notebooks.py wants each of them asserted."""
+    opening = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells[0].source
+    numbers = re.findall(r"\d+\.\d+|\d+(?= (?:%|dB|to|of)\b)", SAID[name])
+    assert len(numbers) >= 4
+    assert [number for number in numbers if number not in opening] == []
 
 
 def test_the_speeds_are_those_of_the_measured_file():
