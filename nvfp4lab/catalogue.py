@@ -115,7 +115,7 @@ _RECIPES = {
         replace(
             NVFP4,
             name="nvfp4-stochastic",
-            summary="Rounds elements at random, unbiased; under normal scales, 17/16 up, none saturates.",
+            summary="Unbiased random rounding; scales 17/16 up, so normal ones saturate nothing.",
             scale=Scale(factor=17 / 16),
             elements=Elements(rounding="stochastic"),
         ),
