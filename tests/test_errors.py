@@ -335,4 +335,4 @@ def test_a_sampled_nmse_of_one_row_has_no_standard_error_and_of_none_is_refused(
     frame = errors.token_errors(torch.ones(1, 16), "nvfp4")
     assert np.isnan(errors.sampled_nmse(frame)[1])
     with pytest.raises(ValueError, match="no row"):
-        errors.sampled_nmse(frame[:0])
+        errors.sampled_nmse(frame.iloc[:0])

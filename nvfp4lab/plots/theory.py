@@ -46,7 +46,7 @@ def curves(
     line_of = dict(zip(dict.fromkeys(frame[name]), cycle(LINES)))
     marker_of = dict(zip(dict.fromkeys(marked[name]), cycle(MARKERS)))
     for one, color in colors.items():
-        rows, style = frame[frame[name] == one].sort_values(x), line_of.get(one, "")
+        rows, style = frame.loc[frame[name] == one].sort_values(by=[x]), line_of.get(one, "")
         if len(rows):
             every = None if points is None else []  # no markers but in the legend
             ax.plot(rows[x], rows[y], style, marker=marker_of.get(one, ""), markevery=every,
