@@ -1,4 +1,4 @@
-"""Rewrites the table of speeds in the project's README.md from benchmarks/h100.json.
+"""Rewrites the speeds in the project's README.md from benchmarks/h100.json and h100_vllm.json.
 
     python data/make_speed.py
 
@@ -15,6 +15,7 @@ from nvfp4lab.benchmarks import Result
 
 HERE = Path(__file__).parent
 MEASURED = HERE / "benchmarks" / "h100.json"
+BESIDE_VLLM = HERE / "benchmarks" / "h100_vllm.json"  # tests/conformance/race.py wrote it
 README = HERE.parent / "README.md"
 NAME, WIDTH = "speed", 7168
 
@@ -48,6 +49,19 @@ def in_words(result: Result) -> str:
     )
 
 
+def beside_vllm(result: Result) -> str:
+    """How many times as long vLLM's own kernels take for the same bytes."""
+    at = {(s.name, s.tokens): s.us for s in result.samples if s.width == WIDTH}
+    said = []
+    for recipe in ("vllm-muse", "vllm-megamoe"):
+        few, many = (at[f"vLLM's own {recipe}", t] / at[recipe, t] for t in (1, 8192))
+        said.append(f"`{recipe}` {few:.1f} times as long at one token and {many:.1f} at 8192")
+    return (
+        "vLLM 0.33.0's own kernels, in one run with these and writing the same bytes, take for "
+        f"{', for '.join(said)} ([h100_vllm.json](data/benchmarks/h100_vllm.json)).\n"
+    )
+
+
 def measured_on(machine: dict[str, Any]) -> str:
     versions = machine["versions"]
     return (
@@ -57,9 +71,10 @@ def measured_on(machine: dict[str, Any]) -> str:
 
 
 def renewed(text: str) -> str:
-    """The README with the table and the ratios as the file has them."""
+    """The README with the table and the ratios as the files have them."""
     result = Result.load(MEASURED)
-    table = f"{speed(result)}\n{in_words(result)}"
+    beside = beside_vllm(Result.load(BESIDE_VLLM))
+    table = f"{speed(result)}\n{in_words(result)}\n{beside}"
     return TABLE.sub(lambda m: m["start"] + table + m["end"] if m["name"] == NAME else m[0], text)
 
 

@@ -24,7 +24,7 @@ from nvfp4lab.benchmarks.steps import Measured, Step
 
 SEED = 2306
 TINY = inputs.Settings(
-    tokens=(2,), widths=(256,), top_k=3, runs=2, sweep_runs=1, run_seconds=0.0,
+    tokens=(4,), widths=(256,), top_k=3, runs=2, sweep_runs=1, run_seconds=0.0,
     measured=(32, 256), on_cpu=(4, 128),
 )  # fmt: skip
 

@@ -31,7 +31,7 @@ def run(
     if unknown := sorted(set(only) - set(PARTS)):
         raise ValueError(f"unknown parts {unknown}; there are {', '.join(PARTS)}")
     settings = settings or Settings()
-    left_out, failed, samples, swept = [], [], [], []
+    left_out: list[str] = []
     steps: list[Step] = []
     for part in PARTS:
         if part not in only:
@@ -40,6 +40,18 @@ def run(
             left_out.append(f"{part}: no CUDA device")
         else:
             steps += importlib.import_module(f"nvfp4lab.benchmarks.{part}").steps(settings)
+    return run_steps(steps, settings, only, left_out, progress)
+
+
+def run_steps(
+    steps: Sequence[Step],
+    settings: Settings,
+    only: Sequence[str],
+    left_out: Sequence[str] = (),
+    progress: bool = True,
+) -> Result:
+    """The steps one after the other; only, left_out: the parts that they are of, and are not."""
+    left_out, failed, samples, swept = list(left_out), [], [], []
     machine = describe()
     bar = tqdm(steps, disable=not progress, unit="step", dynamic_ncols=True)
     for step in bar:

@@ -7,6 +7,8 @@ All of a case's rivals work on the same buffers in one race. What they wrote is 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -26,7 +28,7 @@ SEED = "seed"
 
 def steps(settings: Settings) -> list[Step]:
     """One step for each width and number of tokens."""
-    return for_every_case(PART, _race, settings)
+    return for_every_case(PART, race, settings)
 
 
 def stageable() -> dict[str, bool]:
@@ -73,7 +75,19 @@ def check_written(buffers: StagingSet, recipe: str) -> None:
         raise RuntimeError(f"{recipe} was timed, but wrote other {' and '.join(wrong)}")
 
 
-def _race(tokens: int, width: int, settings: Settings) -> Measured:
+@dataclass(frozen=True)
+class Peer:
+    """Another kernel that writes one of our recipes: `launch` stages one set."""
+
+    recipe: str
+    launch: Callable[[StagingSet], object]
+    has_outer: bool
+
+
+def race(
+    tokens: int, width: int, settings: Settings, peers: Mapping[str, Peer] | None = None
+) -> Measured:
+    """Every recipe with a kernel, the yardstick, and other kernels by name, on the same buffers."""
     device = torch.device("cuda")
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     sets = staging_sets(tokens, width, settings, l2_bytes, device)
@@ -89,19 +103,22 @@ def _race(tokens: int, width: int, settings: Settings) -> Measured:
         width,
         settings,
     )
-    recipes = stageable()
+    rivals = {
+        name: Peer(name, functools.partial(stage_set, recipe=name, has_outer=has_outer), has_outer)
+        for name, has_outer in stageable().items()
+    } | dict(peers or {})
     graphs = {
-        name: capture([functools.partial(stage_set, s, name, has_outer) for s in sets])
-        for name, has_outer in recipes.items()
+        name: capture([functools.partial(rival.launch, s) for s in sets])
+        for name, rival in rivals.items()
     }
     times = time_graphs([*swept.graphs, *graphs.values()], settings.runs, settings.run_seconds)
     moved = staging_bytes(tokens, width)
     yard = swept.fastest(times[: len(swept.graphs)], PART, tokens, width, moved)
     samples = [yard]
-    for (name, has_outer), runs in zip(recipes.items(), times[len(swept.graphs) :], strict=True):
-        moved = staging_bytes(tokens, width, settings.top_k, has_outer)
+    for (name, rival), runs in zip(rivals.items(), times[len(swept.graphs) :], strict=True):
+        moved = staging_bytes(tokens, width, settings.top_k, rival.has_outer)
         role = "reference" if name == SEED else "measured"
         samples.append(Sample(PART, name, tokens, width, runs, moved, role))
         graphs[name].graph.replay()
-        check_written(sets[-1], name)
+        check_written(sets[-1], rival.recipe)
     return Measured(tuple(samples), swept.rows)

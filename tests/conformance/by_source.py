@@ -132,11 +132,17 @@ def vllm_reference(folder: Path, counts: Counts) -> None:
             )
 
 
-def vllm_kernels(folder: Path, counts: Counts) -> None:
+def load_vllm_kernels(folder: Path) -> tuple[types.ModuleType, types.ModuleType]:
+    """vLLM's staging modules: of the megamoe and of muse_spark."""
+    import triton
+    import triton.language as tl
+
     fp8 = torch.float8_e4m3fn
     group = types.SimpleNamespace(is_per_group=lambda: True, col=32)
     scale = types.SimpleNamespace(group_shape=group, static=False, dtype=torch.uint8)
     key = types.SimpleNamespace(dtype=fp8, symmetric=True, scale2=None, scale=scale)
+    stand_in("vllm.triton_utils", tl=tl, triton=triton)
+    stand_in("vllm.platforms", current_platform=platform_of(cuda=torch.cuda.is_available()))
     stand_in(
         "vllm.model_executor.layers.quantization.utils.quant_utils",
         FP8_DTYPE=fp8,
@@ -144,7 +150,18 @@ def vllm_kernels(folder: Path, counts: Counts) -> None:
         kMxfp8Dynamic=key,
     )
     megamoe = load(folder / VLLM / "fused_moe/prepare_megamoe.py")
-    muse = load(folder / "vllm/models/muse_spark/nvidia/ops/prepare_megamoe_nvfp4.py")
+    return megamoe, load(folder / "vllm/models/muse_spark/nvidia/ops/prepare_megamoe_nvfp4.py")
+
+
+def platform_of(cuda: bool) -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        is_cuda_alike=lambda: False, is_cuda=lambda: cuda, is_arch_support_pdl=lambda: False
+    )
+
+
+def vllm_kernels(folder: Path, counts: Counts) -> None:
+    megamoe, muse = load_vllm_kernels(folder)
+    fp8 = torch.float8_e4m3fn
     for case, on_cpu in inputs(BF16):
         x = on_cpu.contiguous().cuda()
         rows = len(x)
@@ -200,10 +217,7 @@ def main(folder: Path) -> int:
     import triton.language as tl
 
     stand_in("vllm.triton_utils", tl=tl, triton=triton)
-    platform_ = types.SimpleNamespace(
-        is_cuda_alike=lambda: False, is_cuda=lambda: gpu, is_arch_support_pdl=lambda: False
-    )
-    stand_in("vllm.platforms", current_platform=platform_)
+    stand_in("vllm.platforms", current_platform=platform_of(cuda=gpu))
     peers: tuple[Callable, ...] = (
         (vllm_kernels, fp_quant) if gpu else (vllm_reference, transformer_engine)
     )
