@@ -8,6 +8,7 @@ require.js, MathJax and mermaid from other hosts, so none is used; write formula
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -60,12 +61,20 @@ def to_html(
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the contents page. `problem` is None for a notebook that ran to its end."""
+    """A notebook on the contents page. problem: None for one that ran to its end; picture: a PNG
+    to know it by."""
 
     href: str
     title: str
     summary: str
     problem: str | None = None
+    picture: bytes | None = None
+
+    @property
+    def picture_address(self) -> str:
+        """The picture as an address that holds all of it."""
+        assert self.picture is not None
+        return f"data:image/png;base64,{base64.b64encode(self.picture).decode()}"
 
 
 def contents_html(title: str, entries: Iterable[Entry]) -> str:

@@ -130,8 +130,10 @@ def test_the_contents_page_escapes_and_links():
     entries = [
         publish.Entry("01_x.html", "a < b", "First."),
         publish.Entry("02_y.failed.html", "c", "", problem="02_y.ipynb, cell 3: ValueError"),
+        publish.Entry("03_z.html", "d", "", picture=b"png"),
     ]
     page = publish.contents_html("The study", entries)
     assert '<a href="01_x.html">a &lt; b</a>' in page
     assert "Did not run to its end: 02_y.ipynb, cell 3: ValueError" in page
+    assert page.count('<img alt="" src="data:image/png;base64,cG5n">') == 1
     assert Fetched(page).addresses == []

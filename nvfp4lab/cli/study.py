@@ -79,8 +79,9 @@ def run(args: argparse.Namespace) -> int:
         problem = problems[path].splitlines()[0] if path in problems else None
         href = f"{path.stem}.failed.html" if problem else f"{path.stem}.html"
         if (args.out / href).exists():
-            about = publish.describe(nbformat.read(path, as_version=4))
-            entries.append(publish.Entry(href, *about, problem=problem))
+            notebook = nbformat.read(path, as_version=4)
+            figure = runs.first_figure(notebook)  # as committed
+            entries.append(publish.Entry(href, *publish.describe(notebook), problem, figure))
     index = args.out / "index.html"
     index.write_text(publish.contents_html("nvfp4lab: the study", entries), encoding="utf-8")
     if problems:
