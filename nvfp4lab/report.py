@@ -99,7 +99,9 @@ def summary(judged: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for recipe, own in judged.groupby("recipe", sort=False):
         verdicts = list(own["verdict"])
-        worst = own.sort_values(["lost", "short_db"], ascending=False).to_dict("records")[0]
+        order = own.assign(verdict=own["verdict"].map(VERDICTS.index))
+        at = order.sort_values(["verdict", "lost", "short_db"]).index[-1]
+        worst = own.loc[at].to_dict()
         where = f"layer {worst['layer']} {worst['site']}: {worst['why']}"
         counts = {verdict: verdicts.count(verdict) for verdict in VERDICTS}
         rows.append({"recipe": recipe, **counts, "worst": where if worst["why"] else ""})

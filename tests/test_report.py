@@ -135,6 +135,13 @@ def test_the_summary_counts_sites_and_names_the_worst_safest_recipe_first():
     ]
 
 
+def test_the_worst_site_is_one_of_the_worst_verdict_whatever_its_qsnr():
+    by_gain = JUDGED[JUDGED["recipe"] == "nvfp4"].assign(
+        verdict=["safe", "lossy"], why=["", "gain 0.970"], short_db=[0.9, 0.5], lost=0
+    )
+    assert report.summary(by_gain)["worst"].item() == "layer 5 a: gain 0.970"
+
+
 def test_the_table_says_in_words_what_it_colours():
     html = report.table(JUDGED).to_html()
     for text in ("NaN in 44.50% of tokens", "22.9 dB", "20.0 dB, lossy", "20.6 dB"):
