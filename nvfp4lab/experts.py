@@ -75,7 +75,7 @@ def through_experts(
     site: hidden [T, D] with its top-k ids and weights; at a dense site every token goes to the one
     expert, with weight 1. Routes to expert -1 go nowhere. swiglu_limit: V4's clamp, gate <= limit
     and |up| <= limit; None takes that of the weights' provenance, and where it has none clamps
-    nothing. Runs on the weights' device.
+    nothing, as Inf does. Runs on the weights' device.
 
     Raises: ValueError if site and weights are not of one layer and width, an id has no expert, or a
     dense site meets more than one expert; what `quantize` raises.
@@ -145,10 +145,9 @@ def _routes(site: Activations, weights: ExpertWeights) -> tuple[torch.Tensor, to
             raise ValueError(f"{site.label} is dense, but the weights have {experts} experts")
         one = torch.ones(len(site), 1, device=device)
         return one.long() - 1, one
-    if site.topk_ids.numel() and int(site.topk_ids.max()) >= experts:
-        raise ValueError(
-            f"{site.label} routes to expert {int(site.topk_ids.max())}, the weights have {experts}"
-        )
+    for expert in site.topk_ids.unique().tolist():
+        if expert != NO_EXPERT and not 0 <= expert < experts:
+            raise ValueError(f"{site.label} routes to expert {expert}, the weights have {experts}")
     return site.topk_ids.to(device).long(), site.topk_weights.to(device)
 
 

@@ -48,16 +48,18 @@ def verdicts(swept: Swept, limits: Limits = Limits()) -> pd.DataFrame:
     element).
 
     broken: a finite element decodes to NaN or Inf. lossy: beyond one of the limits. safe: neither.
+    A site whose shards were counted before and cannot be read any more may lack the baseline; it is
+    not judged, and among `Swept.failed`.
 
-    Raises: ValueError if the sweep lacks the baseline.
+    Raises: ValueError if the sweep lacks the baseline at every site.
     """
+    if all(recipe != BASELINE for _, _, recipe in swept.statistics):
+        raise ValueError(f"expected a sweep with {BASELINE}, by which the others are judged")
     rows = []
     for (layer, site, recipe), own in swept.statistics.items():
-        if recipe == BASELINE:
-            continue
         exact = swept.statistics.get((layer, site, BASELINE))
-        if exact is None:
-            raise ValueError(f"expected a sweep with {BASELINE}, by which the others are judged")
+        if recipe == BASELINE or exact is None:
+            continue
         tokens_lost = own.token_qsnr[-1] / max(1, own.token_qsnr.sum())
         row: dict[str, Any] = {
             "qsnr_db": own.qsnr_db,
@@ -99,7 +101,9 @@ def summary(judged: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for recipe, own in judged.groupby("recipe", sort=False):
         verdicts = list(own["verdict"])
-        worst = own.sort_values(["lost", "short_db"], ascending=False).to_dict("records")[0]
+        order = own.assign(verdict=own["verdict"].map(VERDICTS.index))
+        at = order.sort_values(["verdict", "lost", "short_db"]).index[-1]
+        worst = own.loc[at].to_dict()
         where = f"layer {worst['layer']} {worst['site']}: {worst['why']}"
         counts = {verdict: verdicts.count(verdict) for verdict in VERDICTS}
         rows.append({"recipe": recipe, **counts, "worst": where if worst["why"] else ""})

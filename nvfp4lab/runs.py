@@ -178,7 +178,7 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
                 texts["image/png"] = _in_256_colours(picture)
             if markup := texts.get("text/html"):
                 own = rf"\g<1>{count}-{position}"
-                texts["text/html"] = re.sub(r'(["#]T_)[0-9a-f]{5}(?=[_"])', own, markup)
+                texts["text/html"] = re.sub(r'(["#]T_)[0-9a-f]{5}(?=[_" ])', own, markup)
     return notebook
 
 

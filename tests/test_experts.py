@@ -197,6 +197,7 @@ def test_a_nan_scale_of_the_seed_makes_a_whole_output_row_nan():
         ({"hidden": torch.zeros(24, 32).bfloat16()}, "of 32 and weights of layer 3 of 64"),
         ({"topk_ids": None, "topk_weights": None}, "is dense, but the weights have 4 experts"),
         ({"topk_ids": torch.full((24, 2), 4)}, "routes to expert 4, the weights have 4"),
+        ({"topk_ids": torch.full((24, 2), -2)}, "routes to expert -2, the weights have 4"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -20,10 +21,13 @@ each_study = pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
 each = pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda p: p.stem)
 LARGEST = 600_000  # bytes
 
-# What prose measures: 22.6, 1.6 %, 22 dB, 16 times. Not formats, layers, counts or powers of two.
+# What prose measures: 22.6, 1,737, 1.6 %, 22 dB, 16 times, 3 octaves. Not formats, layers,
+# counts of what there is, or powers of two.
+UNITS = r"%|(?:dB|times|percent|octaves?|binades?|us|µs|ms|[GT]B/s)\b"
 MEASURED = re.compile(
-    r"(?<![\w.^⁻])(\d[\d,]*\.\d+|\d[\d,]*(?=\s?(?:%|dB\b|times\b|percent\b)))(?![\w.]*\w)"
+    rf"(?<![\w.^⁻])(\d[\d,]*\.\d+|\d{{1,3}}(?:,\d{{3}})+|\d[\d,]*(?=\s?(?:{UNITS})))(?![\w.]*\w)"
 )
+NUMBER = re.compile(r"(?<![\w.^])\d[\d,]*(?:\.\d+)?(?!\w|\.\w)")  # not of `nvfp4`, .1f or layer05
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -37,21 +41,41 @@ def prose_of(notebook: nbformat.NotebookNode) -> str:
     return re.sub(r"(arXiv|version)[ :]*[\d.]+|\b\d{4}\.\d{5}\b", " ", text)
 
 
-def asserted_by(notebook: nbformat.NotebookNode) -> str:
-    """Every literal in an assert statement, as text."""
-    found = []
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            for node in ast.walk(ast.parse(cell.source)):
-                if isinstance(node, ast.Assert):
-                    found += [str(n.value) for n in ast.walk(node) if isinstance(n, ast.Constant)]
-    return " ".join(found)
+def compared_in(node: ast.AST) -> list[str]:
+    """The numbers that an expression compares: of its literals, less keys, arguments and formats.
+
+    `at["layer05", 3]`, `theory(recipe, -9)` and `f"{x:.2f}"` name places and digits, not what was
+    found.
+    """
+    if isinstance(node, ast.Constant):
+        known = isinstance(node.value, str | int | float) and not isinstance(node.value, bool)
+        return NUMBER.findall(str(node.value)) if known else []
+    if isinstance(node, ast.Subscript | ast.FormattedValue):
+        return compared_in(node.value)
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") not in ("abs", "all", "any"):
+        return compared_in(node.func)
+    return [number for child in ast.iter_child_nodes(node) for number in compared_in(child)]
+
+
+def asserts_that_run(statements: list[ast.stmt]) -> Iterator[ast.Assert]:
+    """Those of a cell that cannot be passed over: not in functions or under `if`."""
+    for statement in statements:
+        if isinstance(statement, ast.Assert):
+            yield statement
+        elif isinstance(statement, ast.For | ast.With):
+            yield from asserts_that_run(statement.body)
+
+
+def asserted_by(notebook: nbformat.NotebookNode) -> set[str]:
+    """Every number that an assert statement compares; its message is no part of it."""
+    cells = [ast.parse(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+    asserts = [found for cell in cells for found in asserts_that_run(cell.body)]
+    return {number for found in asserts for number in compared_in(found.test)}
 
 
 def not_asserted(notebook: nbformat.NotebookNode) -> list[str]:
     """The measured numbers of the prose that stand in no assert statement."""
-    asserted = re.findall(r"\d[\d,]*(?:\.\d+)?", asserted_by(notebook))
-    known = {number.replace(",", "") for number in asserted}
+    known = {number.replace(",", "") for number in asserted_by(notebook)}
     numbers = MEASURED.findall(prose_of(notebook))
     return [n for n in dict.fromkeys(numbers) if n.replace(",", "") not in known]
 
@@ -96,6 +120,18 @@ def test_its_outputs_are_those_of_its_cells_and_no_error(path):
     assert "stderr" not in streams
 
 
+@each_study
+def test_its_picture_is_its_first_figure(path):
+    picture = FOLDER / "images" / f"{path.stem}.png"
+    assert picture.read_bytes() == runs.first_figure(read(path)), "run: nvfp4lab study --in-place"
+
+
+@each
+def test_every_cell_that_runs_has_been_run_in_order(path):
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code" and cell.source.strip()]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+
+
 @each
 def test_it_is_small(path):
     assert path.stat().st_size < LARGEST
@@ -109,6 +145,18 @@ def test_it_is_small(path):
         ("Of 1,024.5 and 3 dB", "assert x == 1024.5", ["3"]),
         ("`nvfp4` at 2⁻⁹, layer 5, E4M3, `3.5`", "pass", []),
         ("[a](b_1.5.png), arXiv 2601.19026, 8 times", "assert round(x) == 8", []),
+        ("1,737 octaves", "assert f'{x:,.0f}' == '1,737'", []),
+        ("A ratio of 1,737, in 3 octaves", "pass", ["1,737", "3"]),
+        # What an assert mentions, but does not compare:
+        ("It is 1 %", "assert f'{x:.1%}' == f'{y:.1%}'", ["1"]),
+        ("It is 4 dB", "assert x['nvfp4', 4] == at(4)", ["4"]),
+        ("It is 4 dB", "assert x == 'nvfp4 in layer04'", ["4"]),
+        ("It is 4 dB", "assert all(abs(x - 4) < 1 for x in xs)", []),
+        ("It is 4 dB", "assert x > 0, '4 dB'", ["4"]),
+        # What an assert compares, but may never come to:
+        ("It is 4 dB", "def check():\n    assert x == 4", ["4"]),
+        ("It is 4 dB", "if y:\n    assert x == 4", ["4"]),
+        ("It is 4 dB", "for x in xs:\n    assert x == 4", []),
     ],
 )
 def test_numbers_are_found_in_prose_and_asserts(prose, code, missing):

@@ -44,3 +44,14 @@ def test_a_line_a_kind_over_the_stages():
     assert [t.get_text() for t in ax.get_xticklabels()] == ["inputs", "hidden"]
     assert len({str(line.get_marker()) for line in ax.get_lines()}) == 2
     assert ax.get_ylabel() == plots.LABELS["nmse"]
+
+
+def test_more_kinds_than_colours_and_markers_are_drawn_all():
+    rows = [{"stage": "output", "kind": str(i), "nmse": 0.1 + i} for i in range(12)]
+    ax = plots.error_by_stage(pd.DataFrame(rows), Figure().subplots())
+    assert [line.get_label() for line in ax.get_lines()] == [str(i) for i in range(12)]
+
+
+def test_more_models_than_colours_have_a_bar_each():
+    rows = [{"operand": "inputs", "model": str(i), "nmse": 0.1, "qsnr_db": 10} for i in range(12)]
+    assert len(plots.error_by_operand(pd.DataFrame(rows), Figure().subplots()).containers) == 12

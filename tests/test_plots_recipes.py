@@ -51,10 +51,20 @@ def test_dots_write_the_note_in_the_line_of_its_row():
     assert note.get_position()[1] == 1  # of row a
 
 
-def test_dots_beyond_linear_to_are_on_a_logarithmic_axis():
+def test_dots_beyond_linear_to_are_on_a_logarithmic_axis_with_a_tick_each_power():
     ax = plots.dots(GAINS, "gain_db", linear_to=0.1, ax=Figure().subplots())
     assert ax.get_xscale() == "symlog"
     assert ax.get_xlabel() == "QSNR over that of nvfp4 (dB)"
+    labels = [text.get_text() for text in ax.get_xticklabels()]
+    assert labels == ["−1", "−0.1", "0", "+0.1", "+1", "+10"]
+    low, high = ax.get_xlim()  # with margins that are as wide on both sides to the eye
+    assert low < 1.1 * min(GAINS["gain_db"]) and high > 1.1 * max(GAINS["gain_db"])
+
+
+def test_dots_that_are_all_zero_are_drawn_with_zero_on_the_axis():
+    frame = GAINS.assign(gain_db=0.0)
+    ax = plots.dots(frame, "gain_db", linear_to=1e-3, ax=Figure().subplots())
+    assert 0.0 in ax.get_xticks()
 
 
 def test_dots_of_unlike_hues_have_unlike_colours_and_markers():

@@ -9,13 +9,6 @@ from matplotlib.figure import Figure
 
 from nvfp4lab import plots
 
-CHANGES = pd.DataFrame(
-    [
-        {"variant": variant, "set": name, "change": change}
-        for variant, change in (("ties away", 0.0), ("stochastic", -4.0))
-        for name in ("smollm2", "v4-mini")
-    ]
-)
 BINS = pd.DataFrame(
     {
         "recipe": ["nvfp4"] * 3 + ["seed"] * 3,
@@ -37,43 +30,6 @@ THEORY = pd.DataFrame(
 
 def drawn(line):
     return list(np.asarray(line.get_xdata())), list(np.asarray(line.get_ydata()))
-
-
-def draw_changes():
-    ax = Figure().subplots()
-    return plots.change_by_variant(CHANGES, "change", "QSNR (dB)", 1e-3, ax)
-
-
-def test_a_change_is_a_dot_in_the_row_of_its_variant_for_each_set():
-    _, *sets = draw_changes().get_lines()
-    for line, name in zip(sets, ("smollm2", "v4-mini"), strict=True):
-        x, rows = drawn(line)
-        assert x == list(CHANGES[CHANGES["set"] == name]["change"])
-        assert np.round(rows).tolist() == [0, 1]
-        assert line.get_label() == name
-
-
-def test_the_first_variant_is_at_the_top():
-    ax = draw_changes()
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["ties away", "stochastic"]
-    assert ax.yaxis_inverted()
-
-
-def test_sets_differ_by_marker_and_by_colour():
-    _, a, b = draw_changes().get_lines()
-    assert a.get_marker() != b.get_marker()
-    assert a.get_color() != b.get_color()
-
-
-def test_the_axis_of_changes_is_linear_about_zero_and_has_its_label():
-    ax = draw_changes()
-    assert (ax.get_xscale(), ax.get_xlabel()) == ("symlog", "QSNR (dB)")
-
-
-def test_changes_that_are_all_zero_are_drawn_with_zero_on_the_axis():
-    frame = CHANGES.assign(change=0.0)
-    ax = plots.change_by_variant(frame, "change", "QSNR (dB)", 1e-3, Figure().subplots())
-    assert 0.0 in ax.get_xticks()
 
 
 def test_ties_are_a_line_counted_and_markers_measured_for_each_midpoint():

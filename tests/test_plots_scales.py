@@ -10,8 +10,6 @@ from matplotlib.figure import Figure
 from nvfp4lab import plots
 from nvfp4lab.formats import E4M3
 
-SIGMAS = np.array([2.0**-3, 2.0**-2, 2.0**-1])
-
 
 def line_of(ax, label):
     return next(line for line in ax.get_lines() if line.get_label() == label)
@@ -21,59 +19,19 @@ def points_of(line):
     return np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
 
 
-def over_sigma(recipe, *sources):
-    rows = [
-        {"recipe": recipe, "source": source, "sigma": s, "qsnr_db": 10.0 * i + j}
-        for i, source in enumerate(sources)
-        for j, s in enumerate(SIGMAS)
-    ]
-    return pd.DataFrame(rows)
-
-
 def by_amax(recipe, values=(1.0, 2.0, 3.0)):
     return pd.DataFrame({"recipe": recipe, "amax_from": [0.0, 0.25, 0.5], "qsnr_db": values})
-
-
-def test_theory_is_a_line_without_markers_and_the_sample_markers_without_a_line():
-    frame = over_sigma("seed", "theory", "measured")
-    theory, measured, _ = plots.qsnr_over_sigma(frame, Figure().subplots()).get_lines()
-    assert [(t.get_marker(), t.get_linestyle()) for t in (theory, measured)] == [
-        ("None", "-"),
-        ("o", "None"),
-    ]
-    for i, line in enumerate((theory, measured)):
-        x, y = points_of(line)
-        assert np.array_equal(x, SIGMAS) and np.array_equal(y, 10 * i + np.arange(3))
-
-
-def test_what_has_no_theory_is_markers_alone_in_the_legend_too():
-    ax = plots.qsnr_over_sigma(over_sigma("nvfp4-search", "measured"), Figure().subplots())
-    assert line_of(ax, "nvfp4-search").get_linestyle() == "None"
-
-
-def test_the_legend_of_sigma_has_each_recipe_once():
-    frame = pd.concat(over_sigma(name, "theory", "measured") for name in ("nvfp4", "seed"))
-    legend = plots.qsnr_over_sigma(frame, Figure().subplots()).get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["nvfp4", "seed"]
-
-
-def test_sigma_has_ticks_at_powers_of_two_that_read_as_such():
-    ax = plots.qsnr_over_sigma(over_sigma("seed", "theory"), Figure().subplots())
-    assert [text.get_text() for text in ax.get_xticklabels()] == ["2⁻³", "2⁻²", "2⁻¹"]
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("σ of the elements", "QSNR (dB)")
 
 
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda colors, ax: plots.qsnr_over_sigma(over_sigma("a", "theory"), ax, colors),
         lambda colors, ax: plots.qsnr_by_amax(by_amax("a"), ax, colors),
         lambda colors, ax: plots.scale_over_amax(
             pd.DataFrame({"recipe": "a", "amax": [1.0], "scale_code": [56]}), E4M3, ax, colors
         ),
     ],
-    ids=["qsnr_over_sigma", "qsnr_by_amax", "scale_over_amax"],
+    ids=["qsnr_by_amax", "scale_over_amax"],
 )
 def test_colours_can_be_given(draw):
     assert draw({"a": "#123456"}, Figure().subplots()).get_lines()[0].get_color() == "#123456"

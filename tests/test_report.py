@@ -93,6 +93,25 @@ def test_the_baseline_is_needed():
         report.verdicts(swept(GAUSSIAN, "nvfp4"))
 
 
+def test_a_site_without_the_baseline_is_not_judged_and_the_others_are():
+    both = swept(GAUSSIAN, BASELINE, "nvfp4")
+    alone = {(9, "expert_input", "nvfp4"): nv.measure(GAUSSIAN, "nvfp4")}
+    frame = report.verdicts(replace(both, statistics={**both.statistics, **alone}))
+    assert frame[["layer", "site"]].to_numpy().tolist() == [[*SITE]]
+
+
+def test_a_shard_that_is_lost_after_it_was_counted_leaves_a_page_of_the_others(tmp_path):
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for path, site in zip(paths, nv.activations("smollm2"), strict=False):
+        records.save_activations(path, site.rows(0, 8))
+    state, out = tmp_path / "state", tmp_path / "page.html"
+    nv.sweep_statistics(paths, ["nvfp4"], state=state, progress=False)
+    paths[1].write_bytes(b"no record")
+    counted = report.write_report(paths, out, ["nvfp4"], state=state, progress=False)
+    assert len(counted.failed) == 1 and len(report.verdicts(counted)) == 1
+    assert "NOT COUNTED" in out.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("x", [torch.zeros(4, 64), torch.zeros(0, 64)], ids=["zeros", "none"])
 def test_without_anything_to_lose_every_recipe_is_safe(x):
     all_three = swept(x, BASELINE, "nvfp4", "mxfp8-deepseek-v4")
@@ -133,6 +152,13 @@ def test_the_summary_counts_sites_and_names_the_worst_safest_recipe_first():
         {"recipe": "nvfp4", "safe": 1, "lossy": 1, "broken": 0, "worst": "layer 5 a: 1.2 dB short"},
         {"recipe": "seed", "safe": 1, "lossy": 0, "broken": 1, "worst": "layer 0 a: NaN"},
     ]
+
+
+def test_the_worst_site_is_one_of_the_worst_verdict_whatever_its_qsnr():
+    by_gain = JUDGED[JUDGED["recipe"] == "nvfp4"].assign(
+        verdict=["safe", "lossy"], why=["", "gain 0.970"], short_db=[0.9, 0.5], lost=0
+    )
+    assert report.summary(by_gain)["worst"].item() == "layer 5 a: gain 0.970"
 
 
 def test_the_table_says_in_words_what_it_colours():

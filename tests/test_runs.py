@@ -113,6 +113,16 @@ def test_two_runs_are_the_same_once_normalised(tmp_path):
     assert first == second
 
 
+def test_the_style_of_a_normalised_table_is_still_its_own():
+    markup = (
+        "<style>#T_0a1b2 th.col0 { } #T_0a1b2_row0_col0, #T_0a1b2_row1_col0 { }</style>"
+        '<table id="T_0a1b2"><td id="T_0a1b2_row0_col0">'
+    )
+    shown = v4.new_output("display_data", {"text/html": markup})
+    (cell,) = runs.normalise(v4.new_notebook(cells=[v4.new_code_cell("1", outputs=[shown])])).cells
+    assert cell.outputs[0].data["text/html"] == markup.replace("0a1b2", "1-0")
+
+
 def test_normalising_keeps_tags_and_folding_only():
     kept = {"tags": ["parameters"], "jupyter": {"source_hidden": True}}
     noise = {"execution": {"iopub.execute_input": "2026-01-01"}, "vscode": {"languageId": "python"}}

@@ -4,8 +4,9 @@ The only package that imports seaborn, a module a subject, one function a pictur
 nothing but positions on the page: frames come from the measuring modules and the notebooks. Each
 takes `ax=None`, draws into the current Axes where none is given, and returns the Axes; none sets a
 style or opens a figure of its own. The study's look is study.mplstyle: `plt.style.use(STYLE)`; what
-pictures share (labels with units, the colours of recipes) is common.py's. To add one, write it in
-the module of its subject, name it here, and compare what it draws in tests/test_plots_*.py.
+pictures share (labels with units, colours and markers, legends, axes) is common.py's. To add one,
+write it in the module of its subject, name it here, and compare what it draws in
+tests/test_plots_*.py.
 """
 
 from nvfp4lab.plots.blocks import block as block
@@ -26,11 +27,9 @@ from nvfp4lab.plots.recipes import codes_and_decibels as codes_and_decibels
 from nvfp4lab.plots.recipes import dots as dots
 from nvfp4lab.plots.recipes import pair_matrix as pair_matrix
 from nvfp4lab.plots.recipes import scale_steps as scale_steps
-from nvfp4lab.plots.rounding import change_by_variant as change_by_variant
 from nvfp4lab.plots.rounding import error_by_quotient as error_by_quotient
 from nvfp4lab.plots.rounding import tie_shares as tie_shares
 from nvfp4lab.plots.scales import qsnr_by_amax as qsnr_by_amax
-from nvfp4lab.plots.scales import qsnr_over_sigma as qsnr_over_sigma
 from nvfp4lab.plots.scales import scale_histogram as scale_histogram
 from nvfp4lab.plots.scales import scale_over_amax as scale_over_amax
 from nvfp4lab.plots.scales import share_by_amax as share_by_amax

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import cycle
-
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from nvfp4lab.plots.common import LABELS, MARKERS, recipe_colors
+from nvfp4lab.plots.common import LABELS, series
 
 
 def qsnr_spread(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -19,12 +17,11 @@ def qsnr_spread(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     are drawn as they are; a row for each, in the frame's order.
     """
     ax = ax or plt.gca()
-    colors = recipe_colors(frame["set"])
-    for (name, color), marker in zip(colors.items(), cycle(MARKERS)):
-        at = (frame["set"] == name).to_numpy().nonzero()[0]
-        rows = frame.iloc[at]
-        ax.hlines(at, rows["low"], rows["high"], color=color, lw=3, alpha=0.45)
-        ax.plot(rows["median"], at, marker, color=color, ms=4.5, label=name)
+    frame = frame.reset_index(drop=True)
+    for name, rows, style in series(frame, "set"):
+        at = rows.index
+        ax.hlines(at, rows["low"], rows["high"], color=style["color"], lw=3, alpha=0.45)
+        ax.plot(rows["median"], at, ls="none", ms=4.5, label=name, **style)
         ax.plot(rows["whole"], at, "|", color="black", ms=11, mew=1.6, zorder=3)
     ax.get_lines()[-1].set_label("the whole tensor")
     ax.set_yticks(range(len(frame)), list(frame["name"]))
@@ -41,13 +38,13 @@ def qsnr_by_crest(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     frame: columns name, crest (amax / rms), low, median, high, the last three in dB.
     """
     ax = ax or plt.gca()
-    colors, frame = recipe_colors(frame["name"]), frame.sort_values("crest")
-    for (name, color), marker in zip(colors.items(), cycle(MARKERS)):
-        rows = frame[frame["name"] == name]
-        if name == next(iter(colors)):
-            ax.fill_between(rows["crest"], rows["low"], rows["high"], color=color, alpha=0.15, lw=0)
-        ax.plot(rows["crest"], rows["median"], color=color, marker=marker, ms=5, label=name)
-    ax.set(xlabel="crest factor of the block, amax / rms", ylabel=LABELS["qsnr_db"])
+    for name, rows, style in series(frame, "name"):
+        rows = rows.sort_values("crest")
+        if name == frame["name"].iloc[0]:
+            band = {"color": style["color"], "alpha": 0.15, "lw": 0}
+            ax.fill_between(rows["crest"], rows["low"], rows["high"], **band)
+        ax.plot(rows["crest"], rows["median"], ms=5, label=name, **style)
+    ax.set(xlabel=LABELS["crest"], ylabel=LABELS["qsnr_db"])
     ax.legend(loc="best")
     return ax
 
@@ -58,11 +55,9 @@ def channels_by_size(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     frame: columns group, rms, qsnr_db. A channel without an error (Inf) is not drawn.
     """
     ax = ax or plt.gca()
-    for (group, color), marker in zip(recipe_colors(frame["group"]).items(), cycle(MARKERS)):
-        rows = frame[frame["group"] == group]
-        ax.plot(
-            rows["rms"], rows["qsnr_db"], marker, color=color, ms=4, mew=0, alpha=0.7, label=group
-        )
+    for group, rows, style in series(frame, "group"):
+        faint = {"ls": "none", "ms": 4, "mew": 0, "alpha": 0.7}
+        ax.plot(rows["rms"], rows["qsnr_db"], label=group, **faint, **style)
     ax.set_xscale("log")
     ax.set(xlabel="root mean square of the channel", ylabel=LABELS["qsnr_db"])
     return ax
@@ -75,10 +70,9 @@ def code_shares(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax = ax or plt.gca()
     magnitudes = sorted(frame["magnitude"].unique())
-    for (name, color), marker in zip(recipe_colors(frame["name"]).items(), cycle(MARKERS)):
-        rows = frame[frame["name"] == name]
+    for name, rows, style in series(frame, "name"):
         at = [magnitudes.index(m) for m in rows["magnitude"]]
-        ax.plot(at, rows["share"], color=color, marker=marker, ms=5, label=name)
+        ax.plot(at, rows["share"], ms=5, label=name, **style)
     ax.set_xticks(range(len(magnitudes)), [f"{m:g}" for m in magnitudes])
     ax.set_ylim(bottom=0)
     ax.set(xlabel="magnitude of the element, in scales", ylabel="share of elements")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 
-from nvfp4lab.plots.common import LABELS, MARKERS
+from nvfp4lab.plots.common import LABELS, recipe_colors, series
 
 
 def error_by_operand(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -20,7 +19,7 @@ def error_by_operand(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     operands, models = list(frame["operand"].unique()), list(frame["model"].unique())
     height = 0.8 / len(models)
-    for i, (model, color) in enumerate(zip(models, sns.color_palette("colorblind"))):  # noqa: B905
+    for i, (model, color) in enumerate(recipe_colors(models).items()):
         own = frame[frame["model"] == model].set_index("operand").loc[operands]
         place = np.arange(len(operands)) + (i - (len(models) - 1) / 2) * height
         bars = ax.barh(place, own["nmse"], height=0.9 * height, color=color, label=model)
@@ -28,7 +27,7 @@ def error_by_operand(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(operands)), operands)
     ax.invert_yaxis()
     ax.grid(False, axis="y")
-    ax.set_xlim(right=1.15 * float(frame["nmse"].max()))
+    ax.set_xlim(right=1.15 * max(frame["nmse"]))
     ax.set_xlabel("NMSE of the experts' output")
     ax.legend(loc="upper right")
     return ax
@@ -41,10 +40,9 @@ def error_by_stage(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax = ax or plt.gca()
     stages = list(frame["stage"].unique())
-    colors = sns.color_palette("colorblind")
-    for (kind, own), color, marker in zip(frame.groupby("kind", sort=False), colors, MARKERS):  # noqa: B905
+    for kind, own, style in series(frame, "kind"):
         place = [stages.index(stage) for stage in own["stage"]]
-        ax.plot(place, own["nmse"], color=color, marker=marker, label=kind)
+        ax.plot(place, own["nmse"], label=kind, **style)
     ax.set_xticks(range(len(stages)), stages)
     ax.set_ylim(bottom=0)
     ax.set_ylabel(LABELS["nmse"])

@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from nvfp4lab.plots.common import LABELS, recipe_colors
+from nvfp4lab.plots.common import LABELS, in_percent, recipe_colors
 
 TICKS = 14  # at most so many layers are named
 
@@ -28,7 +28,7 @@ def share_by_layer(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax = _over_layers(frame.assign(share=frame["share"].replace(0.0, np.nan)), "share", "kind", ax)
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    in_percent(ax.yaxis)
     return ax
 
 

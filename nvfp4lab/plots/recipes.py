@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import cycle
+import math
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,16 +11,15 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
-from nvfp4lab.plots.common import LABELS, MARKERS, NAN_RED, NEUTRAL, recipe_colors
-
-OWN_LABELS = {
-    "gain_db": "QSNR over that of nvfp4 (dB)",
-    "difference_db": "largest difference in QSNR (dB)",
-    "codes": "share of codes that differ",
-    "scales": "share of scale bytes that differ",
-    "step": "scale codes above that of nvfp4",
-    "above_rate_db": "QSNR less 6.02 dB a stored bit (dB)",
-}
+from nvfp4lab.plots.common import (
+    LABELS,
+    NAN_RED,
+    NEUTRAL,
+    in_percent,
+    legend_above,
+    recipe_colors,
+    series,
+)
 
 
 def dots(
@@ -40,13 +39,11 @@ def dots(
     """
     ax = ax or plt.gca()
     places, headings = _places(frame, row, group)
-    colors = recipe_colors(frame[hue])
-    for i, ((name, color), marker) in enumerate(zip(colors.items(), cycle(MARKERS))):
-        own = frame[frame[hue] == name]
-        offset = 0.36 * ((i + 0.5) / len(colors) - 0.5)  # so that hues do not hide one another
+    hues = len(set(frame[hue]))
+    for i, (name, own, style) in enumerate(series(frame, hue)):
+        offset = 0.36 * ((i + 0.5) / hues - 0.5)  # so that hues do not hide one another
         heights = [places[line] + offset for line in own[row]]
-        ax.scatter(own[x], heights, s=22, marker=marker, color=color,
-                   alpha=0.75, lw=0, label=name, zorder=3)  # fmt: skip
+        ax.scatter(own[x], heights, s=22, alpha=0.75, lw=0, label=name, zorder=3, **style)
     ax.set_yticks(list(places.values()), list(places))
     ax.set_ylim(max(places.values()) + 0.7, min([*places.values(), *headings.values()]) - 0.7)
     ax.tick_params(axis="y", length=0)
@@ -59,12 +56,10 @@ def dots(
         ax.text(0.99, places[name], note, transform=beside, va="center", ha="right",
                 color=NAN_RED, fontsize="small")  # fmt: skip
     if linear_to is not None:
-        ax.set_xscale("symlog", linthresh=linear_to)
-        ax.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
+        _symlog(ax, linear_to, max(map(abs, frame[x])))
     ax.axvline(0, color=NEUTRAL, lw=0.8, zorder=1)
-    ax.set_xlabel(_label(x))
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, borderaxespad=0.2,
-              columnspacing=1.2, handletextpad=0.2)  # fmt: skip
+    ax.set_xlabel(LABELS.get(x, x))
+    legend_above(ax, columns=4)
     return ax
 
 
@@ -102,20 +97,17 @@ def codes_and_decibels(frame: pd.DataFrame, floor: float = 1e-5, ax: Axes | None
     """
     ax = ax or plt.gca()
     frame = frame.assign(difference_db=frame["difference_db"].clip(lower=floor))
-    colors = recipe_colors(frame["kind"])
-    for (kind, color), marker in zip(colors.items(), cycle(MARKERS)):
-        own = frame[frame["kind"] == kind]
-        ax.scatter(own["codes"], own["difference_db"], marker=marker, color=color, s=30,
-                   alpha=0.75, lw=0, label=kind, zorder=3)  # fmt: skip
-    ax.set(xscale="log", yscale="log", xlabel=_label("codes"), ylabel=_label("difference_db"))
+    for kind, own, style in series(frame, "kind"):
+        points = {"s": 30, "alpha": 0.75, "lw": 0, "label": kind, "zorder": 3}
+        ax.scatter(own["codes"], own["difference_db"], **points, **style)
+    ax.set(xscale="log", yscale="log", xlabel=LABELS["codes"], ylabel=LABELS["difference_db"])
     ax.set_ylim(floor / 4)
-    ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    in_percent(ax.xaxis)
     points = frame.loc[frame["label"] != "", ["label", "codes", "difference_db", "above"]]
     for label, codes, decibels, above in points.itertuples(index=False):
         ax.annotate(label, (codes, decibels), ha="center", xytext=(0, 8 if above else -14),
                     textcoords="offset points", fontsize="small", color=NEUTRAL)  # fmt: skip
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2,
-              columnspacing=1.2, handletextpad=0.2)  # fmt: skip
+    legend_above(ax, columns=3)
     return ax
 
 
@@ -127,10 +119,10 @@ def scale_steps(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     sns.barplot(frame, x="step", y="share", hue="recipe", palette=recipe_colors(frame["recipe"]),
                 native_scale=True, saturation=1, ax=ax)  # fmt: skip
-    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    in_percent(ax.yaxis)
     steps = sorted(frame["step"].unique())
     ax.set_xticks(steps, [f"{step:+d}" if step else "0" for step in steps])
-    ax.set(xlabel=_label("step"), ylabel=LABELS["share"])
+    ax.set(xlabel=LABELS["step"], ylabel=LABELS["share"])
     ax.legend(title=None, loc="upper right", frameon=False)
     return ax
 
@@ -151,5 +143,14 @@ def _places(
     return places, headings
 
 
-def _label(column: str) -> str:
-    return {**LABELS, **OWN_LABELS}.get(column, column)
+def _symlog(ax: Axes, linear_to: float, largest: float) -> None:
+    """An axis of x that is linear to that magnitude and logarithmic beyond, a tick each power."""
+    ax.set_xscale("symlog", linthresh=linear_to)
+    ax.autoscale_view(scaley=False)  # else the margins are those of the linear axis
+    decades = math.ceil(math.log10(max(1.0, largest / linear_to)))
+    powers = [linear_to * 10**k for k in range(decades + 1)]
+    low, high = ax.get_xlim()
+    ticks = [*(-power for power in reversed(powers)), 0.0, *powers]
+    ax.set_xticks([tick for tick in ticks if low <= tick <= high])
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:+g}".replace("-", "−") if value else "0")
+    ax.set_xlim(low, high)

@@ -1,10 +1,9 @@
-"""Scales: which bytes are written, of what amax, and what their range costs."""
+"""Scales: which bytes are written, of what amax, and what blocks of that amax lose."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,14 +14,14 @@ from matplotlib.axes import Axes
 from nvfp4lab.formats import Format
 from nvfp4lab.plots.common import (
     LABELS,
-    MARKERS,
     NAN_RED,
     NEUTRAL,
+    in_octaves,
+    in_percent,
     legend_beside,
     recipe_colors,
+    series,
 )
-
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def scale_histogram(frame: pd.DataFrame, fmt: Format, ax: Axes | None = None) -> Axes:
@@ -104,33 +103,10 @@ def scale_over_amax(
             color=color,
             bbox={"fc": "white", "ec": "none", "pad": 1} if text == "NaN" else None,
         )
-    _log2_axis(ax, frame["amax"].to_numpy())
+    in_octaves(ax, frame["amax"].to_numpy())
     ticks = range(0, len(fmt.magnitudes), 1 << (fmt.mantissa_bits + 1))
     ax.set_yticks(ticks, [f"0x{t:02X} = {fmt.magnitudes[t]:.3g}" for t in ticks])
-    ax.set(xlabel="amax of the block", ylabel=f"{LABELS['scale_code']} and its value")
-    legend_beside(ax)
-    return ax
-
-
-def qsnr_over_sigma(
-    frame: pd.DataFrame, ax: Axes | None = None, colors: Mapping[str, str] | None = None
-) -> Axes:
-    """QSNR over the sigma of the elements: theory as a line, what was measured as markers.
-
-    frame: columns recipe, source ("theory" or "measured"), sigma, qsnr_db. colors: of each recipe,
-    where pictures are to agree.
-    """
-    ax = ax or plt.gca()
-    colors = recipe_colors(frame["recipe"]) if colors is None else colors
-    for recipe, marker in zip(dict.fromkeys(frame["recipe"]), cycle(MARKERS)):
-        rows, color = frame.query("recipe == @recipe").sort_values("sigma"), colors[recipe]
-        theory, measured = (rows.query("source == @s") for s in ("theory", "measured"))
-        line, points = ("-" if len(theory) else "none"), {"marker": marker, "ms": 5}
-        ax.plot(theory["sigma"], theory["qsnr_db"], color=color)
-        ax.plot(measured["sigma"], measured["qsnr_db"], color=color, ls="none", **points)
-        ax.plot([], [], color=color, ls=line, label=recipe, **points)
-    _log2_axis(ax, frame["sigma"].to_numpy())
-    ax.set(xlabel="σ of the elements", ylabel=LABELS["qsnr_db"])
+    ax.set(xlabel=LABELS["amax"], ylabel=f"{LABELS['scale_code']} and its value")
     legend_beside(ax)
     return ax
 
@@ -145,14 +121,12 @@ def qsnr_by_amax(
     each recipe, where pictures are to agree.
     """
     ax = ax or plt.gca()
-    frame = frame.query("amax_from > 0")
-    colors = recipe_colors(frame["recipe"]) if colors is None else colors
-    for recipe, marker in zip(dict.fromkeys(frame["recipe"]), cycle(MARKERS)):
-        rows = frame.query("recipe == @recipe").sort_values("amax_from")
-        middle, color = rows["amax_from"] * math.sqrt(2), colors[recipe]
-        ax.plot(middle, rows["qsnr_db"], color=color, marker=marker, ms=5, label=recipe)
-    _log2_axis(ax, _binade_edges(frame))
-    ax.set(xlabel="amax of the block", ylabel=LABELS["qsnr_db"])
+    frame = frame.query("amax_from > 0").sort_values("amax_from", kind="stable")
+    for recipe, rows, style in series(frame, "recipe", colors):
+        middle = rows["amax_from"] * math.sqrt(2)
+        ax.plot(middle, rows["qsnr_db"], ms=5, label=recipe, **style)
+    in_octaves(ax, _binade_edges(frame))
+    ax.set(xlabel=LABELS["amax"], ylabel=LABELS["qsnr_db"])
     legend_beside(ax)
     return ax
 
@@ -171,9 +145,9 @@ def share_by_amax(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         left, right = (rows["amax_from"] * 2 ** ((i + at) / len(kinds)) for at in (0.1, 0.9))
         grey = str(0.75 - 0.5 * i / max(1, len(kinds) - 1))
         ax.bar(left, rows["share"], right - left, align="edge", color=grey, label=kind)
-    _log2_axis(ax, _binade_edges(frame))
-    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    ax.set(xlabel="amax of the block", ylabel="share")
+    in_octaves(ax, _binade_edges(frame))
+    in_percent(ax.yaxis)
+    ax.set(xlabel=LABELS["amax"], ylabel="share")
     legend_beside(ax)
     return ax
 
@@ -181,15 +155,3 @@ def share_by_amax(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def _binade_edges(frame: pd.DataFrame) -> np.ndarray:
     low = frame["amax_from"].to_numpy()
     return np.concatenate([low, 2 * low])
-
-
-def _log2_axis(ax: Axes, values: np.ndarray) -> None:
-    """A log2 axis of x around the values, with ticks at every first, second or fourth power."""
-    low, high = (math.log2(value) for value in (np.min(values), np.max(values)))
-    margin = 0.02 * (high - low) or 0.5
-    ax.set_xscale("log", base=2)
-    ax.set_xlim(2 ** (low - margin), 2 ** (high + margin))
-    step = 1 if high - low <= 12 else 2 if high - low <= 20 else 4
-    ticks = [k for k in range(math.ceil(low), math.floor(high) + 1) if k % step == 0]
-    ax.set_xticks([2.0**k for k in ticks], [f"2{str(k).translate(_SUPERSCRIPTS)}" for k in ticks])
-    ax.minorticks_off()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import cycle
-
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from nvfp4lab.plots.common import LABELS, MARKERS, NEUTRAL, legend_beside, recipe_colors
+from nvfp4lab.plots.common import LABELS, NEUTRAL, legend_beside, series
 
 
 def speed_over_tokens(frame: pd.DataFrame, y: str = "GB/s", ax: Axes | None = None) -> Axes:
@@ -21,9 +19,8 @@ def speed_over_tokens(frame: pd.DataFrame, y: str = "GB/s", ax: Axes | None = No
     frame = frame.sort_values("tokens", kind="stable")
     limit, rest = frame.query("role == 'yardstick'"), frame.query("role != 'yardstick'")
     ax.plot(limit["tokens"], limit[y], "--", color=NEUTRAL, lw=1.5, label="yardstick")
-    for (name, color), marker in zip(recipe_colors(rest["name"]).items(), cycle(MARKERS)):
-        rows = rest[rest["name"] == name]
-        ax.plot(rows["tokens"], rows[y], color=color, marker=marker, ms=5, label=name)
+    for name, rows, style in series(rest, "name"):
+        ax.plot(rows["tokens"], rows[y], ms=5, label=name, **style)
     tokens = sorted(frame["tokens"].unique())
     ax.set_xscale("log", base=2)
     ax.set_xticks(tokens, [str(t) for t in tokens])

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from itertools import cycle
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from nvfp4lab.plots.common import LABELS, MARKERS, NEUTRAL, legend_beside, recipe_colors
+from nvfp4lab.plots.common import (
+    LABELS,
+    MARKERS,
+    NEUTRAL,
+    in_octaves,
+    legend_beside,
+    recipe_colors,
+    series,
+)
 
 LINES = ("-", "--", "-.", ":")
-NAMES = LABELS | {
-    "sigma": "σ of the elements",
-    "block": "block, and bits an element with its scale",
-    "divisor": "divisor d of amax / d",
-    "crest": "crest factor of the block, amax / rms",
-    "mean_crest": "mean crest factor",
-    "rms_crest": "rms of amax / rms of x",
-    "gained_db": "QSNR gained (dB)",
-    "z": "deviation /\nstandard error",
-}
-IN_OCTAVES = ("sigma", "block")
 
 
 def curves(
@@ -32,20 +29,24 @@ def curves(
     name: str = "recipe",
     points: pd.DataFrame | None = None,
     ax: Axes | None = None,
+    colors: Mapping[str, str] | None = None,
 ) -> Axes:
     """y over x: a line a name, and points where those are given, a marker a name.
 
     frame: columns x, y and name, a row a place of a line; without points its places are marked.
     points: the same columns, and `<y>_error`, a standard error, where there is one. A name that is
-    in both has one colour. x "sigma" and "block" are on a logarithmic axis; a block has its bits an
-    element under it, those of 4-bit elements and 8-bit scales.
+    in both has one colour; colors: of each name, where pictures are to agree. x "sigma" and "block"
+    are on a logarithmic axis; a block has its bits an element under it, those of 4-bit elements and
+    8-bit scales.
     """
     ax = ax or plt.gca()
     marked = frame if points is None else points
-    colors = recipe_colors([*frame[name], *marked[name]])
+    names = dict.fromkeys([*frame[name], *marked[name]])
+    colors = recipe_colors(names) if colors is None else colors
     line_of = dict(zip(dict.fromkeys(frame[name]), cycle(LINES)))
     marker_of = dict(zip(dict.fromkeys(marked[name]), cycle(MARKERS)))
-    for one, color in colors.items():
+    for one in names:
+        color = colors[one]
         rows, style = frame.loc[frame[name] == one].sort_values(by=[x]), line_of.get(one, "")
         if len(rows):
             every = None if points is None else []  # no markers but in the legend
@@ -56,7 +57,7 @@ def curves(
             ax.errorbar(rows[x], rows[y], rows.get(f"{y}_error"), fmt=marker_of[one], ms=5,
                         color=color, label=None if one in line_of else one)  # fmt: skip
     _over(ax, x, [*frame[x], *marked[x]])
-    ax.set_ylabel(NAMES.get(y, y))
+    ax.set_ylabel(LABELS.get(y, y))
     legend_beside(ax)
     return ax
 
@@ -68,28 +69,22 @@ def deviations(frame: pd.DataFrame, x: str, name: str = "recipe", ax: Axes | Non
     """
     ax = ax or plt.gca()
     ax.axhspan(-2, 2, color=NEUTRAL, alpha=0.12, lw=0)
-    for (one, color), marker in zip(recipe_colors(frame[name]).items(), cycle(MARKERS)):
-        rows = frame[frame[name] == one]
-        ax.plot(rows[x], rows["z"], marker, ms=5, color=color, label=one)
+    for one, rows, style in series(frame, name):
+        ax.plot(rows[x], rows["z"], ls="none", ms=5, label=one, **style)
     reach = max(4.0, 1.1 * frame["z"].abs().max())
-    ax.set(ylim=(-reach, reach), ylabel=NAMES["z"])
+    ax.set(ylim=(-reach, reach), ylabel=LABELS["z"])
     _over(ax, x, frame[x])
     legend_beside(ax)
     return ax
 
 
-def _over(ax: Axes, x: str, values) -> None:
-    """The x axis: its label, and its ticks where it goes in octaves."""
-    ax.set_xlabel(NAMES.get(x, x))
-    if x not in IN_OCTAVES:
-        return
-    ax.set_xscale("log", base=2)
-    if x == "block":
+def _over(ax: Axes, x: str, values: Iterable[float]) -> None:
+    """The x axis: its label, and its ticks where it is logarithmic."""
+    ax.set_xlabel(LABELS.get(x, x))
+    if x == "sigma":
+        in_octaves(ax, values)
+    elif x == "block":
         blocks = sorted(set(values))
+        ax.set_xscale("log", base=2)
         ax.set_xticks(blocks, [f"{block}\n{4 + 8 / block:.4g}" for block in blocks])
-    else:
-        low, high = np.log2(min(values)), np.log2(max(values))
-        step = 2 if high - low <= 12 else 4
-        octaves = np.arange(step * np.ceil(low / step), high + 0.01, step)
-        ax.set_xticks(2.0**octaves, [f"$2^{{{octave:.0f}}}$" for octave in octaves])
-    ax.minorticks_off()
+        ax.minorticks_off()
