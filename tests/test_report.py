@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import matplotlib
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sweep_runs import capture
+from sweep_runs import capture, save
 from test_publish import Fetched
 
 import nvfp4lab as nv
@@ -93,13 +97,6 @@ def test_the_baseline_is_needed():
         report.verdicts(swept(GAUSSIAN, "nvfp4"))
 
 
-def test_a_site_without_the_baseline_is_not_judged_and_the_others_are():
-    both = swept(GAUSSIAN, BASELINE, "nvfp4")
-    alone = {(9, "expert_input", "nvfp4"): nv.measure(GAUSSIAN, "nvfp4")}
-    frame = report.verdicts(replace(both, statistics={**both.statistics, **alone}))
-    assert frame[["layer", "site"]].to_numpy().tolist() == [[*SITE]]
-
-
 def test_a_shard_that_is_lost_after_it_was_counted_leaves_a_page_of_the_others(tmp_path):
     paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for path, site in zip(paths, nv.activations("smollm2"), strict=False):
@@ -112,10 +109,60 @@ def test_a_shard_that_is_lost_after_it_was_counted_leaves_a_page_of_the_others(t
     assert "NOT COUNTED" in out.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("x", [torch.zeros(4, 64), torch.zeros(0, 64)], ids=["zeros", "none"])
-def test_without_anything_to_lose_every_recipe_is_safe(x):
-    all_three = swept(x, BASELINE, "nvfp4", "mxfp8-deepseek-v4")
-    assert report.verdicts(all_three)["verdict"].tolist() == ["safe", "safe"]
+def test_without_anything_to_lose_every_recipe_is_safe():
+    all_three = swept(torch.zeros(4, 64), BASELINE, "nvfp4", "mxfp8-deepseek-v4")
+    frame = report.verdicts(all_three)
+    assert frame["verdict"].tolist() == ["safe", "safe"]
+    assert report.table(frame).to_html().count(">exact</td>") == 2
+
+
+@pytest.mark.parametrize(
+    ("x", "why"),
+    [
+        (torch.zeros(0, 64), "no tokens"),
+        (torch.full((4, 64), float("nan")), "every element is NaN or Inf"),
+    ],
+)
+def test_a_site_without_a_finite_element_is_not_called_safe(x, why):
+    nothing, something = swept(x, BASELINE, "nvfp4"), swept(GAUSSIAN, BASELINE, "nvfp4")
+    assert report.not_judged(nothing) == {SITE: why}
+    with pytest.raises(ValueError, match=f"a site to judge it at, got none: layer 3 .*{why}"):
+        report.verdicts(nothing)
+    other = {(4, *key[1:]): one for key, one in something.statistics.items()}
+    both = replace(nothing, statistics={**nothing.statistics, **other}, planned={SITE: 4})
+    assert report.verdicts(both)["layer"].tolist() == [4]
+
+
+def test_a_site_counted_before_without_the_baseline_is_not_judged():
+    both = swept(GAUSSIAN, BASELINE, "nvfp4")
+    of_lost = {(9, SITE[1], "nvfp4"): both.statistics[(*SITE, "nvfp4")]}
+    both = Swept({**both.statistics, **of_lost}, (), {SITE: 200, (9, SITE[1]): 200})
+    assert list(report.not_judged(both)) == [(9, SITE[1])]
+    assert report.verdicts(both)["layer"].tolist() == [SITE[0]]
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ((slice(None), slice(32, 48)), "nothing is left of 16 channels"),
+        ((7, slice(None)), "nothing is left of 1 token"),
+    ],
+)
+def test_what_is_flushed_whole_is_lossy_however_small_it_is(where, why):
+    x = GAUSSIAN.clone()
+    x[where] *= 2.0**-14  # below half of the smallest scale of nvfp4, not of nvfp4-token
+    x = torch.cat([x, GAUSSIAN]).bfloat16()[: 200 if where[0] != 7 else 400]
+    frame = report.verdicts(swept(x, BASELINE, "nvfp4", "vllm-megamoe")).set_index("recipe")
+    assert frame["verdict"].to_dict() == {"nvfp4": "lossy", "vllm-megamoe": "safe"}
+    assert frame.loc["nvfp4", "why"] == why
+
+
+def test_one_lost_token_in_a_hundred_thousand_is_not_rounded_to_none():
+    lost = tokens_at(-1, 0) * 500
+    lost[41], lost[-1] = 99_999, 1
+    row = judged(nonfinite_output=1, token_qsnr=lost)
+    assert row["why"] == "NaN in 0.001% of the tokens"
+    assert ">NaN in 0.001% of tokens</td>" in report.table(pd.DataFrame([row])).to_html()
 
 
 def test_nan_that_was_there_before_is_said():
@@ -154,11 +201,10 @@ def test_the_summary_counts_sites_and_names_the_worst_safest_recipe_first():
     ]
 
 
-def test_the_worst_site_is_one_of_the_worst_verdict_whatever_its_qsnr():
-    by_gain = JUDGED[JUDGED["recipe"] == "nvfp4"].assign(
-        verdict=["safe", "lossy"], why=["", "gain 0.970"], short_db=[0.9, 0.5], lost=0
-    )
-    assert report.summary(by_gain)["worst"].item() == "layer 5 a: gain 0.970"
+def test_the_worst_site_is_not_a_safe_one_that_falls_shorter():
+    rows = JUDGED.assign(lost=0, recipe="nvfp4", verdict="safe", why="")
+    rows.loc[3, ["verdict", "why", "short_db"]] = "lossy", "gain 0.9", 0.1
+    assert report.summary(rows)["worst"].item() == "layer 5 a: gain 0.9"
 
 
 def test_the_table_says_in_words_what_it_colours():
@@ -166,6 +212,10 @@ def test_the_table_says_in_words_what_it_colours():
     for text in ("NaN in 44.50% of tokens", "22.9 dB", "20.0 dB, lossy", "20.6 dB"):
         assert f">{text}</td>" in html
     assert html.count("background-color") == 3  # one rule a verdict
+
+
+def test_no_decibels_have_a_minus_sign_of_zero():
+    assert "-0.0 dB" not in report.table(JUDGED.assign(qsnr_db=-1e-9)).to_html()
 
 
 def test_the_table_shows_markup_as_text():
@@ -205,43 +255,123 @@ def hostile(folder: Path) -> None:
     )
 
 
-def test_a_report_is_one_page_that_fetches_nothing_and_shows_its_figures(folder, capsys):
-    arguments = ["report", "capture", "--recipes", "nvfp4", "seed", "--out", "o.html"]
-    assert cli.main(arguments) == 0
-    page = Path("o.html").read_text(encoding="utf-8")
-    assert Fetched(page).addresses == [] and "script" not in Fetched(page).tags
-    assert page.count('src="data:image/png;base64,') >= 4
-    printed = capsys.readouterr().out
-    assert "recipe  safe  lossy  broken" in printed and "page  " in printed
-    assert not list(Path.cwd().glob("*.partial"))
+ODD = ("$x$", "_a", "", "a\"b'c<d>&", "two\nlines", "y" * 400, "y" * 200 + "n" + "y" * 199)
+BAD = "layer09.a.safetensors"
 
 
-def test_a_report_goes_on_from_a_sweep_and_counts_nothing_twice(folder, monkeypatch):
-    state = ["--state", "kept"]
-    recipes = ["--recipes", "nvfp4", "seed", BASELINE]
-    assert cli.main(["sweep", "capture", *recipes, "--out", "o.csv", *state]) == 0
-    before = {p.name: p.stat().st_mtime_ns for p in Path("kept").glob("*.npz")}
-    assert cli.main(["report", "capture", *recipes, "--out", "o.html", *state]) == 0
-    assert {p.name: p.stat().st_mtime_ns for p in Path("kept").glob("*.npz")} == before
+@dataclass(frozen=True)
+class Made:
+    code: int
+    page: Path
+    text: str
+    printed: str
+    errors: str
+    counted_twice: bool
 
 
-def test_texts_of_a_capture_are_shown_and_neither_run_nor_taken_for_markup(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "it's").mkdir()
-    hostile(tmp_path / "it's")
-    assert cli.main(["report", "it's", "--recipes", "nvfp4", "seed", "--out", "o.html"]) == 0
-    page = Path("o.html").read_text(encoding="utf-8")
-    assert Fetched(page).addresses == [] and "script" not in Fetched(page).tags
-    assert "<img src=x" not in page and "&lt;img src=x" in page
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Made:
+    """One page, after a sweep, of a capture with nearly everything odd that a capture can have."""
+    root = tmp_path_factory.mktemp("report")
+    folder = capture(root / "it's")
+    hostile(folder)
+    for layer, site in enumerate(ODD, start=20):
+        save(folder / f"layer{layer}.safetensors", GAUSSIAN.bfloat16(), layer, site)
+    save(folder / "layer40.safetensors", torch.zeros(0, 16).bfloat16(), 40)
+    save(folder / "layer41.safetensors", torch.zeros(5, 16).bfloat16(), 41)
+    save(folder / BAD, GAUSSIAN.bfloat16(), 9).write_bytes(b"no record")
+    printed, errors = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(root),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(errors),
+    ):
+        common = ["it's", "--recipes", "nvfp4", "seed", BASELINE, "--state", "kept", "--out"]
+        cli.main(["sweep", *common, "o.csv"])
+        before = {p.name: p.stat().st_mtime_ns for p in Path("kept").glob("*.npz")}
+        code = cli.main(["report", *common, "o.html"])
+        after = {p.name: p.stat().st_mtime_ns for p in Path("kept").glob("*.npz")}
+    page = root / "o.html"
+    text = page.read_text(encoding="utf-8")
+    return Made(code, page, text, printed.getvalue(), errors.getvalue(), before != after)
 
 
-def test_a_bad_shard_is_named_on_the_page_and_the_rest_judged(folder, capsys):
-    shard = max(Path("capture").glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-100])
-    assert cli.main(["report", "capture", "--recipes", "nvfp4", "--out", "o.html"]) == 1
-    page = Path("o.html").read_text(encoding="utf-8")
-    assert "NOT COUNTED" in page and f"{shard.name}: " in page
-    assert "not counted" in capsys.readouterr().err
+def test_a_report_is_one_page_that_fetches_nothing_and_shows_its_figures(made):
+    assert Fetched(made.text).addresses == [] and "script" not in Fetched(made.text).tags
+    assert made.text.count('src="data:image/png;base64,') >= 4
+    assert "recipe  safe  lossy  broken" in made.printed and "page  " in made.printed
+    assert not list(made.page.parent.glob("*.partial"))
+
+
+def test_a_report_goes_on_from_a_sweep_and_counts_nothing_twice(made):
+    assert not made.counted_twice
+
+
+def test_texts_of_a_capture_are_shown_and_neither_run_nor_taken_for_markup(made):
+    assert "<img src=x" not in made.text and "&lt;img src=x" in made.text
+    assert "c&lt;d&gt;&amp;" in made.text
+
+
+def test_a_bad_shard_is_named_on_the_page_and_the_rest_judged(made):
+    assert made.code == 1
+    assert "NOT COUNTED" in made.text and f"{BAD}: " in made.text
+    assert "not counted" in made.errors
+
+
+def test_a_site_without_tokens_is_named_on_the_page_and_not_judged(made):
+    assert "NOT JUDGED: layer 40 mlp_input: no tokens" in made.text
+    assert ">exact</td>" in made.text and "nan dB" not in made.text and "inf dB" not in made.text
+
+
+def pictures(folder: Path, *recipes: str) -> dict[str, Any]:
+    """What the cells of the notebook leave, run here and not in a kernel; no picture is empty."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    with matplotlib.rc_context(), pytest.MonkeyPatch.context() as patch:
+        plt.switch_backend("Agg")
+        drawn: list[bool] = []
+
+        def show() -> None:
+            axes = [ax for number in plt.get_fignums() for ax in plt.figure(number).axes]
+            drawn.extend(bool(ax.lines or ax.collections or ax.texts) for ax in axes)
+            plt.close("all")
+
+        patch.setattr(plt, "show", show)
+        for cell in nbformat.read(report.notebook(), as_version=4).cells:
+            if cell.cell_type == "code":
+                exec(cell.source, names)
+                assert not plt.get_fignums()  # each is shown by the cell that draws it
+            if "parameters" in cell.metadata.get("tags", []):
+                names |= {"CAPTURE": [str(folder)], "RECIPES": list(recipes)}
+    assert all(drawn)
+    return names
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(4, 64), GAUSSIAN[:1], torch.full((4, 64), 5.0)],
+    ids=["zeros", "one token", "a constant"],
+)
+def test_no_capture_makes_the_page_fail_or_a_picture_empty(tmp_path, x, capsys):
+    save(tmp_path / "a.safetensors", x.bfloat16())
+    pictures(tmp_path, "nvfp4", "mxfp8-deepseek-v4")
+    assert ("No recipe makes an error" in capsys.readouterr().out) == (not x.any())
+
+
+def test_pictures_show_ten_recipes_the_least_safe_and_say_so(tmp_path, capsys):
+    save(tmp_path / "a.safetensors", GAUSSIAN.bfloat16() / 128)
+    recipes = [name for name in nv.recipes() if name not in (BASELINE, *shards.SLOW_OR_RANDOM)]
+    shown = pictures(tmp_path, *recipes)["DRAWN"]
+    assert len(shown) == 10 and shown[0] == recipes[0] and "seed" in shown
+    text = f"Pictures show 10 of the {len(recipes)} recipes: {recipes[0]}, and the least safe."
+    assert text in capsys.readouterr().out
+
+
+def test_pictures_tell_sites_apart_whatever_they_are_called(tmp_path):
+    save(tmp_path / "a.safetensors", GAUSSIAN.bfloat16())
+    drawn = pictures(tmp_path, "nvfp4")["drawn"]
+    frame = drawn(pd.DataFrame({"site": ODD, "recipe": "nvfp4"}))
+    assert frame["site"].nunique() == len(ODD)
+    assert not frame["site"].str.startswith("_").any() and frame["site"].str.len().min() > 0
 
 
 @pytest.mark.parametrize(
@@ -269,7 +399,7 @@ def test_a_page_that_cannot_be_written_is_refused_first(folder, capsys):
 def test_a_page_that_fails_leaves_the_old_one_and_says_where(folder, monkeypatch, capsys):
     Path("o.html").write_text("old")
     notebook = nbformat.read(report.notebook(), as_version=4)
-    notebook.cells[-1].source = "1 / 0"
+    notebook.cells = [*notebook.cells[:2], nbformat.v4.new_code_cell("1 / 0")]
     nbformat.write(notebook, "broken.ipynb")
     monkeypatch.setattr(report, "notebook", lambda: Path("broken.ipynb"))
     assert cli.main(["report", "capture", "--recipes", "nvfp4", "--out", "o.html"]) == 1
@@ -288,12 +418,14 @@ def test_the_notebook_has_the_commands_own_recipes_and_limits():
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
 @pytest.mark.parametrize("width", [500, 1400])
-def test_a_browser_without_a_network_requests_nothing_but_the_page(folder, width):
-    assert cli.main(["report", "capture", "--recipes", "nvfp4", "seed", "--out", "o.html"]) == 0
-    page, log = Path("o.html").absolute(), Path("net.json").absolute()
+def test_a_browser_without_a_network_requests_nothing_but_the_page(
+    made, tmp_path, monkeypatch, width
+):
+    monkeypatch.chdir(tmp_path)
+    page, log = made.page, tmp_path / "net.json"
     options = f"--headless=new --no-sandbox --disable-gpu --window-size={width},900".split()
     options += ["--host-resolver-rules=MAP * ~NOTFOUND", "--screenshot=shot.png"]
-    options += [f"--user-data-dir={page.parent / 'profile'}", f"--log-net-log={log}"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}"]
     browser = ["chromium", *options, page.as_uri()]
     subprocess.run(browser, check=True, capture_output=True, timeout=120)
     assert Path("shot.png").stat().st_size > 10_000

@@ -209,3 +209,13 @@ def test_a_killed_sweep_goes_on_where_it_was(folder, tmp_path, monkeypatch):
     got = swept(folder, RECIPES, rows=256, state=kept)
     assert 0 < len(done) < 40
     assert alike(got, undisturbed)
+
+
+def test_sites_with_names_too_long_for_a_file_are_kept_apart(tmp_path, monkeypatch):
+    for file, site in (("a", "y" * 399 + "a"), ("b", "y" * 399 + "b")):
+        save(tmp_path / f"{file}.safetensors", hidden(10, 0, scale=ord(file)), site=site)
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    first = swept(paths, "nvfp4", state=tmp_path / "state")
+    done = counting(monkeypatch)
+    assert alike(swept(paths, "nvfp4", state=tmp_path / "state"), first) and not done
+    assert len(list((tmp_path / "state").glob("*.npz"))) == 2

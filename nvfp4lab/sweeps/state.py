@@ -9,6 +9,7 @@ was counted in the last seconds and nothing is counted twice.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -27,6 +28,7 @@ from nvfp4lab.sweeps.shards import Failure, Shard
 from nvfp4lab.sweeps.tasks import Largest
 
 SAVE_EVERY = 5.0  # seconds
+LONGEST_NAME = 200  # of a file; file systems end at 255 bytes, and a partial one's is longer
 
 Key = tuple[int, str, str]  # layer, site, name of the recipe
 
@@ -197,8 +199,10 @@ class State:
         return {"size": size, "mtime_ns": mtime_ns, **more}
 
     def _file(self, entry: Entry) -> Path | None:
-        name = f"{label_of(entry.layer, entry.site)}.{entry.recipe.name}"
-        return None if self.folder is None else self.folder / f"{quote(name, safe='')}.npz"
+        name = quote(f"{label_of(entry.layer, entry.site)}.{entry.recipe.name}", safe="")
+        if len(name) > LONGEST_NAME:
+            name = f"{name[:LONGEST_NAME]}.{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        return None if self.folder is None else self.folder / f"{name}.npz"
 
 
 def _entry(
