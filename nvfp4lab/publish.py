@@ -9,12 +9,14 @@ require.js, MathJax and mermaid from other hosts, so none is used; write formula
 from __future__ import annotations
 
 import base64
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from jinja2 import Environment, FileSystemLoader
 from nbconvert import HTMLExporter
@@ -27,11 +29,16 @@ _SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpe
 
 
 def to_html(
-    notebook: NotebookNode, *, folder: str | Path = ".", contents: str | None = None
+    notebook: NotebookNode,
+    *,
+    folder: str | Path = ".",
+    out: str | Path | None = None,
+    contents: str | None = None,
 ) -> str:
     """The notebook as one HTML page that fetches nothing; its title is the first heading.
 
     folder: where the pictures that its Markdown names are read from; they go into the page.
+    out: the folder that the page is for; links to other files of the checkout lead there from it.
     contents: relative address of the page that lists all, linked at top and bottom.
 
     Raises ValueError if an output would still fetch something: a script, a picture on another host.
@@ -49,6 +56,8 @@ def to_html(
         "study": {"title": title, "summary": summary, "contents": contents},
     }
     page, _ = exporter.from_notebook_node(notebook, resources=resources)
+    if out is not None:
+        page = _links_from(page, Path(folder), Path(out))
     # Notebooks link to each other as files; their pages lie side by side under the same names.
     page = re.sub(r'(<a [^>]*href="(?![a-z]+:)[^"#]+)\.ipynb(?=["#])', r"\1.html", page)
     if fetched := _fetches(page):
@@ -57,6 +66,19 @@ def to_html(
             "put the data into the page, or take the output away"
         )
     return page
+
+
+def _links_from(page: str, folder: Path, out: Path) -> str:
+    """Links that are relative to `folder` and name a file there, relative to `out`; a notebook's
+    page lies beside this one."""
+
+    def moved(match: re.Match[str]) -> str:
+        target = folder / unquote(unescape(match[2]))
+        if target.suffix == ".ipynb" or not target.is_file():
+            return match[0]
+        return match[1] + quote(Path(os.path.relpath(target.resolve(), out.resolve())).as_posix())
+
+    return re.sub(r'(<a [^>]*href=")(?![a-z]+:)([^"#]+)', moved, page)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,23 @@ def test_links_to_notebooks_become_links_to_pages(page):
     }
 
 
+def test_links_out_of_the_notebooks_lead_there_from_the_page(tmp_path):
+    notebooks, out = tmp_path / "a checkout/notebooks", tmp_path / "pages"
+    for file in (notebooks / "01_x.ipynb", notebooks.parent / "data/notes.md"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    text = "[a](../data/notes.md#end) [b](01_x.ipynb#ties) [c](gone.md) [d](https://example.org)"
+    notebook = v4.new_notebook(cells=[v4.new_markdown_cell(text)])
+    page = publish.to_html(notebook, folder=notebooks, out=out)
+    links = re.findall(r'<a href="([^"#][^"]*)"', page)
+    assert links == [
+        "../a%20checkout/data/notes.md#end",
+        "01_x.html#ties",
+        "gone.md",
+        "https://example.org",
+    ]
+
+
 def test_a_folded_cell_is_folded():
     cell = v4.new_code_cell("secret = 1", metadata={"jupyter": {"source_hidden": True}})
     page = publish.to_html(v4.new_notebook(cells=[cell, v4.new_code_cell("shown = 1")]))

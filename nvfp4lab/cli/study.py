@@ -57,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
             except runs.NotebookError as error:
                 problems[path] = str(error)
                 notebook, page = error.partial, failed_page
-            html = publish.to_html(notebook, folder=path.parent, contents="index.html")
+            html = publish.to_html(
+                notebook, folder=path.parent, out=args.out, contents="index.html"
+            )
             page.write_text(html, encoding="utf-8")
         except ValueError as error:  # not a notebook, or a page that would fetch something
             problems[path] = f"{path.name}: {error}"
