@@ -31,6 +31,10 @@ from nbformat import NotebookNode
 from PIL import Image
 from traitlets.config import Config
 
+_OTHER_PARAMETERS = (
+    "A notebook asserts the numbers of its prose, which hold for its own parameters. With others, "
+    "take out the assert that stops it."
+)
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -240,6 +244,8 @@ def _explain(error: Exception, cell: NotebookNode, timeout: float | None) -> str
     if isinstance(error, CellExecutionError):
         failed = [out for out in cell.outputs if out.output_type == "error"]
         lines = failed[-1].traceback if failed else [str(error)]
+        if error.ename == "AssertionError":
+            lines = [*lines, _OTHER_PARAMETERS]
         return f"{error.ename}: {error.evalue}\n" + strip_ansi("\n".join(lines))
     quoted = "\n".join(f"    {line}" for line in cell.source.splitlines())
     if isinstance(error, CellTimeoutError):

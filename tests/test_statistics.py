@@ -401,3 +401,22 @@ def test_sum_adds_several():
     assert sum(parts) == parts[0] + parts[1] + parts[2]
     with pytest.raises(TypeError):
         _ = 1 + parts[0]
+
+
+def test_a_quantile_of_qsnr_is_the_edge_of_the_bin_that_the_share_reaches():
+    tokens = np.zeros(123, np.int64)
+    tokens[21 + 10], tokens[21 + 20] = 7, 93  # from 10 and from 20 dB
+    own = replace(nv.measure(torch.ones(1, 16), "nvfp4"), token_qsnr=tokens)
+    quantiles = [own.qsnr_quantile("token", share) for share in (0.0, 0.07, 0.071, 1.0)]
+    assert quantiles == [10.0, 10.0, 20.0, 20.0]
+
+
+def test_a_lost_token_is_the_worst_and_has_no_qsnr():
+    tokens = np.zeros(123, np.int64)
+    tokens[-1], tokens[0], tokens[41] = 1, 1, 98  # lost, below -20 dB, 20 dB
+    own = replace(nv.measure(torch.ones(1, 16), "nvfp4"), token_qsnr=tokens)
+    assert math.isnan(own.qsnr_quantile("token", 0.01))
+    assert own.qsnr_quantile("token", 0.02) == -math.inf
+    assert math.isnan(replace(own, token_qsnr=0 * tokens).qsnr_quantile("token", 0.5))
+    with pytest.raises(ValueError, match="a share from 0 to 1, got 1.5"):
+        own.qsnr_quantile("token", 1.5)

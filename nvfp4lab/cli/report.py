@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
             raise CommandError(str(error)) from error
     progress.end("ok")
     print(report.summary(report.verdicts(swept)).to_string(index=False))
+    print("at how many sites: safe and lossy against exact scales on these tokens, broken by a NaN")
     print(f"Open {args.out}; the full statistics are in {state}")
     for failure in swept.failed:
         print(f"nvfp4lab: not counted: {failure}", file=sys.stderr)

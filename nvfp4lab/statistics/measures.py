@@ -198,7 +198,8 @@ class Measures(Contents):
             raise ValueError(f"expected a share from 0 to 1, got {share}")
         frame = self.qsnr_histogram(of)
         edges, counts = (np.roll(frame[name], 1) for name in ("qsnr_from", "count"))  # lost first
-        reached = np.flatnonzero(np.cumsum(counts) >= max(1, share * counts.sum()))
+        needed = max(1, math.ceil(share * counts.sum() - 1e-9))  # 0.07 of 100 is 7
+        reached = np.flatnonzero(np.cumsum(counts) >= needed)
         return float(edges[reached[0]]) if len(reached) else math.nan
 
     def crest_histogram(self) -> pd.DataFrame:
