@@ -15,6 +15,7 @@ from sweep_runs import capture
 
 import nvfp4lab as nv
 from nvfp4lab import cli
+from nvfp4lab.cli import shards
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_workers_are_a_number(folder, capsys):
 
 
 def test_every_default_recipe_is_there():
-    assert set(cli.shards.DEFAULT) <= set(nv.recipes())
+    assert set(shards.DEFAULT) <= set(nv.recipes())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
@@ -125,6 +126,7 @@ def test_an_interrupted_sweep_exits_130_and_goes_on(folder, workers):
 SLOW = """if True:
     import sys, time
     from nvfp4lab import cli
+from nvfp4lab.cli import shards
     from nvfp4lab.sweeps import state
     state.SAVE_EVERY = 0
     changed = state.State.changed

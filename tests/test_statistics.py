@@ -418,5 +418,5 @@ def test_a_lost_token_is_the_worst_and_has_no_qsnr():
     assert math.isnan(own.qsnr_quantile("token", 0.01))
     assert own.qsnr_quantile("token", 0.02) == -math.inf
     assert math.isnan(replace(own, token_qsnr=0 * tokens).qsnr_quantile("token", 0.5))
-    with pytest.raises(ValueError, match="a share from 0 to 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"a share from 0 to 1, got 1\.5"):
         own.qsnr_quantile("token", 1.5)
