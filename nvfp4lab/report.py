@@ -142,7 +142,8 @@ def _percent(share: float) -> str:
 def summary(judged: pd.DataFrame) -> pd.DataFrame:
     """What `verdicts` come to: a row a recipe, the safest first.
 
-    Columns: recipe; safe, lossy and broken, at how many sites it is; worst, which site and why.
+    Columns: recipe; safe, lossy and broken, at how many sites it is; worst, which site and why, or
+    by how much a safe one falls short.
     """
     rows = []
     for recipe, own in judged.groupby("recipe", sort=False):
@@ -150,9 +151,11 @@ def summary(judged: pd.DataFrame) -> pd.DataFrame:
         own = own.assign(rank=own["verdict"].map(VERDICTS.index))
         order = ["rank", "lost", "short_db"]
         worst = own.sort_values(order, ascending=False, kind="stable").to_dict("records")[0]
-        where = f"layer {worst['layer']} {worst['site']}: {worst['why']}"
+        short = f"{worst['short_db']:.2f} dB short of exact scales" if worst["short_db"] else ""
+        said = worst["why"] or short
+        where = f"layer {worst['layer']} {worst['site']}: {said}" if said else ""
         counts = {verdict: verdicts.count(verdict) for verdict in VERDICTS}
-        rows.append({"recipe": recipe, **counts, "worst": where if worst["why"] else ""})
+        rows.append({"recipe": recipe, **counts, "worst": where})
     frame = pd.DataFrame(rows)
     return frame.sort_values(["broken", "lossy"], kind="stable", ignore_index=True)
 

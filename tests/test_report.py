@@ -201,6 +201,12 @@ def test_the_summary_counts_sites_and_names_the_worst_safest_recipe_first():
     ]
 
 
+def test_the_worst_of_the_safe_sites_is_the_one_that_falls_shortest():
+    rows = JUDGED.assign(lost=0, recipe="nvfp4", verdict="safe", why="", short_db=[0.1, 0.5, 0, 0])
+    assert report.summary(rows)["worst"].item() == "layer 0 a: 0.50 dB short of exact scales"
+    assert report.summary(rows.assign(short_db=0.0))["worst"].item() == ""
+
+
 def test_the_worst_site_is_not_a_safe_one_that_falls_shorter():
     rows = JUDGED.assign(lost=0, recipe="nvfp4", verdict="safe", why="")
     rows.loc[3, ["verdict", "why", "short_db"]] = "lossy", "gain 0.9", 0.1
