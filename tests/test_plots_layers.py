@@ -18,6 +18,20 @@ def test_a_recipe_keeps_its_colour_and_ten_are_apart():
     assert len(plots.recipe_colors(map(str, range(30)))) == 30
 
 
+def test_a_legend_moves_below_with_all_that_it_names():
+    ax = Figure().subplots()
+    ax.plot([0, 1], label="a")
+    ax.plot([1, 0], label="b")
+    plots.legend_below(ax)  # none is there yet
+    assert ax.get_legend() is None
+    ax.legend()
+    plots.legend_below(ax)
+    legend = ax.get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    anchor = ax.transAxes.inverted().transform(legend.get_bbox_to_anchor().p0)
+    assert anchor[1] < 0
+
+
 @pytest.mark.parametrize(
     ("draw", "y", "hue"),
     [(plots.qsnr_by_layer, "qsnr_db", "recipe"), (plots.share_by_layer, "share", "kind")],
