@@ -126,7 +126,6 @@ def test_an_interrupted_sweep_exits_130_and_goes_on(folder, workers):
 SLOW = """if True:
     import sys, time
     from nvfp4lab import cli
-from nvfp4lab.cli import shards
     from nvfp4lab.sweeps import state
     state.SAVE_EVERY = 0
     changed = state.State.changed
