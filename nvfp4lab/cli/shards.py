@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nvfp4lab.cli.command import CommandError
+
+if TYPE_CHECKING:
+    from nvfp4lab.sweeps import Swept
 
 # What the package can stage, and what DeepSeek V4 stages today.
 DEFAULT = ("nvfp4", "nvfp4-token", "vllm-megamoe", "vllm-muse", "seed", "mxfp8-deepseek-v4")
@@ -91,6 +96,13 @@ def executor_of(args: argparse.Namespace, stack: contextlib.ExitStack):
     except (OSError, ValueError) as error:
         raise CommandError(f"no dask scheduler at {args.dask}: {error}") from error
     return client.get_executor()
+
+
+def exit_code(swept: Swept) -> int:
+    """1 where something could not be counted, which goes to stderr, else 0."""
+    for failure in swept.failed:
+        print(f"nvfp4lab: not counted: {failure}", file=sys.stderr)
+    return 1 if swept.failed else 0
 
 
 def _count(text: str) -> int:

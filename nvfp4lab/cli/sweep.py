@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
 
 from nvfp4lab.cli import shards
 from nvfp4lab.cli.command import CommandError
@@ -29,11 +28,8 @@ def run(args: argparse.Namespace) -> int:
     """Sweep, write the CSV as a whole, print its most telling columns."""
     from nvfp4lab import sweeps
 
-    names, partial, state = (
-        shards.recipes_of(args),
-        shards.check_out(args.out),
-        shards.state_of(args),
-    )
+    names, state = shards.recipes_of(args), shards.state_of(args)
+    partial = shards.check_out(args.out)
     with contextlib.ExitStack() as stack:
         executor = shards.executor_of(args, stack)
         try:
@@ -48,6 +44,4 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--out {args.out} cannot be written: {error}") from error
     print(frame[SHOWN].round(4).to_string(index=False))
     print(f"{len(frame)} rows in {args.out}, the full statistics in {state}")
-    for failure in swept.failed:
-        print(f"nvfp4lab: not counted: {failure}", file=sys.stderr)
-    return 1 if swept.failed else 0
+    return shards.exit_code(swept)

@@ -120,9 +120,6 @@ def legend_above(ax: Axes, columns: int) -> None:
 
 def legend_below(ax: Axes, columns: int = 2) -> None:
     """Moves the legend that is there under the axes, so that a narrow figure keeps its width."""
-    legend = ax.get_legend()
-    if legend is not None:
-        handles = [h for h in legend.legend_handles if h is not None]
-        labels = [text.get_text() for text in legend.get_texts()]
-        place = {"loc": "upper left", "bbox_to_anchor": (0, -0.2)}
-        ax.legend(handles, labels, ncols=columns, frameon=False, **place)
+    if ax.get_legend() is not None:
+        place = {"bbox_to_anchor": (0, -0.2), "ncols": columns, "frameon": False}
+        sns.move_legend(ax, "upper left", **place)

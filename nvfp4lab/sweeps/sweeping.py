@@ -68,15 +68,9 @@ class Swept:
 
         `swept.concat(Statistics.by_channel)` has a row a layer, site, recipe and channel.
         """
-        frames = []
-        for (layer, site, recipe), statistics in self.statistics.items():
-            frame = frame_of(statistics)
-            for place, (name, value) in enumerate(
-                {"layer": layer, "site": site, "recipe": recipe}.items()
-            ):
-                frame.insert(place, name, value)
-            frames.append(frame)
-        return pd.concat(frames, ignore_index=True)
+        frames = {key: frame_of(statistics) for key, statistics in self.statistics.items()}
+        keyed = pd.concat(frames).reset_index([0, 1, 2], names=["layer", "site", "recipe"])
+        return keyed.reset_index(drop=True)
 
     def __repr__(self) -> str:
         return f"Swept({len(self.statistics)} sites and recipes, {len(self.failed)} failures)"
