@@ -222,33 +222,41 @@ def _find_steps(
 ) -> tuple[torch.Tensor, int]:
     """The steps int64 [8, n] under scale codes [n, 1], and below which magnitude they are right.
 
-    largest: int64 [n, 1], the largest magnitude that meets each scale code; steps above it are not
-    looked at. Whether a step is taken is asked at the end of every half binade and throughout the
-    one in which it first is; so a code that were to leave its step and come back within half a
-    binade would be missed. The tests ask everywhere.
+    largest: int64 [n, 1], the largest magnitude that meets each scale code, asked for in place of
+    all above it. Whether a step is taken is asked at the end of every half binade, throughout the
+    one in which it first is, and throughout those below the limit, down to one without fault. A
+    code that were to leave its step and come back within any other would be missed; the tests ask
+    everywhere.
     """
-    ends = torch.arange(STRIDE - 1, INFINITY, STRIDE, device="cpu")[None]
-    taken, regular = _steps_taken(ends, scale_codes, largest, recipe)
+
+    def ask(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        bits = bits.minimum(largest)
+        return bits, *_steps_taken(bits, scale_codes, largest, recipe)
+
+    half_binade = torch.arange(STRIDE, device="cpu")
+    at_ends = ask(torch.arange(STRIDE - 1, INFINITY, STRIDE, device="cpu"))
+    taken = at_ends[1]
     first = taken.int().argmax(-1)  # [8, n]
-    within = first[..., None] * STRIDE + torch.arange(STRIDE, device="cpu")  # [8, n, STRIDE]
-    closely = [_steps_taken(bits, scale_codes, largest, recipe) for bits in within]
-    before = torch.stack([(~taken_here[k]).sum(-1) for k, (taken_here, _) in enumerate(closely)])
+    closely = [ask(at[:, None] * STRIDE + half_binade) for at in first]
+    before = torch.stack([(~taken_here[k]).sum(-1) for k, (_, taken_here, _) in enumerate(closely)])
     steps = (first * STRIDE + before - 1).where(taken.any(-1), NEVER)
 
-    limit = INFINITY
-    asked = [(ends, taken, regular), *((b, *c) for b, c in zip(within, closely, strict=True))]
-    for bits, taken, regular in asked:
+    def least_wrong(bits: torch.Tensor, taken: torch.Tensor, regular: torch.Tensor) -> int:
         wrong = ((bits > steps[..., None]) != taken).any(0) | ~regular
-        limit = min(limit, int(bits.where(wrong & (bits <= largest), INFINITY).min()))
-    return steps, limit - limit % STRIDE
+        return int(bits.where(wrong, INFINITY).min())
+
+    limit = min(least_wrong(*asked) for asked in (at_ends, *closely)) // STRIDE * STRIDE
+    while limit and least_wrong(*ask(limit - STRIDE + half_binade)) < INFINITY:
+        limit -= STRIDE
+    return steps, limit
 
 
 def _steps_taken(
     bits: torch.Tensor, scale_codes: torch.Tensor, amax: torch.Tensor, recipe: Recipe
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether each step is below magnitudes [1 or n, m] under scale codes [n, 1]: bool [8, n, m],
-    and whether codes are regular, a negative's that of its magnitude but for the sign: [n, m]."""
-    x, amax = _values(bits.expand(len(scale_codes), -1)), _values(amax)
+    """Whether each step is below magnitudes [n, m] under scale codes [n, 1]: bool [8, n, m], and
+    whether codes are regular, a negative's that of its magnitude but for the sign: [n, m]."""
+    x, amax = _values(bits), _values(amax)
     positive, negative = (
         encode_elements(Blocks(signed, amax, amax, _one(), torch.bfloat16), scale_codes, recipe)
         for signed in (x, -x)

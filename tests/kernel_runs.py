@@ -30,15 +30,17 @@ def run(recipe: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
     return codes, x_sf.view(torch.uint8), None if x_scales is None else x_scales[:, None]
 
 
-def bit_patterns(tokens: int, width: int, seed: int, largest: int = 0x7FFF) -> torch.Tensor:
+def bit_patterns(
+    tokens: int, width: int, seed: int, largest: int = 0x7FFF, device: str = "cpu"
+) -> torch.Tensor:
     """bfloat16 (tokens, width) of any sign, magnitude bits up to `largest`; 0x7FFF includes NaN.
 
     Half of the blocks hold any bits, half lie within a factor of 2^8 of each other.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def draw(high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(0, high, shape, generator=generator)
+        return torch.randint(0, high, shape, generator=generator, device=device, dtype=torch.int32)
 
     blocks = draw(largest + 1, tokens, width // 16, 16)
     close = (draw(largest + 1, tokens, width // 16, 1) - draw(8 << 7, *blocks.shape)).clamp(min=0)

@@ -19,6 +19,7 @@ import torch
 import nvfp4lab as nv
 from nvfp4lab import codec, layouts, lookup, quantized
 from nvfp4lab.blocks import quantize_blocks
+from nvfp4lab.formats import UE5M3
 from nvfp4lab.outer import OuterScale
 from nvfp4lab.rules import Elements, Recipe, Scale, Specials
 
@@ -180,6 +181,32 @@ def test_a_code_that_falls_with_the_magnitude_ends_the_table_there():
     assert table is not None and 2.0**32 < bf16(torch.tensor([table.limit])) < 2.0**36
     codes = by_reference(bf16(torch.arange(0x5000, 0x5800)).view(-1, 16), recipe)[0]
     assert (layouts.unpack_nibbles(codes).int().diff() < 0).any()
+
+
+FALLING = {
+    "at the largest magnitude of a scale code": replace(
+        NVFP4,
+        name="sign bit",
+        scale=replace(NVFP4.scale, format=UE5M3, divisor=7.0, factor=17 / 16, rounding="up"),
+        elements=replace(NVFP4.elements, overflow="sign bit", zero_sign="dropped"),
+    ),
+    "and rises within half a binade": replace(
+        NVFP4,
+        name="least distance",
+        scale=replace(NVFP4.scale, format=UE5M3, factor=17 / 16, rounding="up", overflow="nan"),
+        elements=replace(
+            NVFP4.elements, formula="x / s * G", scale_read="encoder's", rounding="least distance"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("where", FALLING)
+def test_a_code_that_falls(where):
+    recipe = FALLING[where]
+    assert lookup.table_of(recipe) is not None
+    assert_same_bytes(amax_blocks(recipe), recipe)
+    assert_same_bytes(pair_blocks(recipe, every=3), recipe)
 
 
 # ---- How quantize gets there ----
