@@ -1,4 +1,4 @@
-"""nvfp4lab: what it costs to stage MoE activations in NVFP4, and which way of doing it is right.
+"""What it costs to stage MoE activations in NVFP4, and which way of doing it is right.
 
 The public names are here and are imported on first use, so that `import nvfp4lab` is as quick as
 `import torch` and needs neither a GPU nor Triton's driver. To publish a name, add it to `_HOME`.

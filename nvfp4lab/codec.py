@@ -85,7 +85,7 @@ def find_table(x: torch.Tensor, recipe: Recipe) -> Table | None:
 def find_outer(
     x: torch.Tensor, recipe: Recipe, given: float | torch.Tensor | None = None
 ) -> OuterScale:
-    """The recipe's outer scale of x, or the given decode scale; ones where it has none."""
+    """The recipe's outer scale of x (..., K), or the given one: () or (..., 1); 1 if none."""
     rule = recipe.outer
     if rule is None:
         return OuterScale.one(x.device)
@@ -121,6 +121,7 @@ def blocks_of(x: torch.Tensor, block: int, start: int, stop: int) -> torch.Tenso
 
 
 def check_input(x: torch.Tensor, recipe: Recipe, outer, generator) -> None:
+    """Raises what `quantize` raises for x, an outer scale or a generator."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x is a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:

@@ -151,7 +151,7 @@ class ChannelOutlier:
     token: np.ndarray
 
     def rvs(self, size: tuple[int, int], random_state: np.random.Generator) -> np.ndarray:
-        """float64 [T, D]; size has to be that of the site."""
+        """float64 [T, D]. Raises: ValueError for a size other than that of the site."""
         expected = (len(self.token), len(self.channel))
         if size != expected:
             raise ValueError(f"expected size {expected}, that of the fitted site, got {size}")

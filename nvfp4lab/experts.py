@@ -58,7 +58,7 @@ class Passed:
     tokens: torch.Tensor
 
     def at(self, stage: str) -> torch.Tensor:
-        """The tensor of one of STAGES."""
+        """The tensor [rows, width] of one of STAGES."""
         return getattr(self, stage.replace(", ", "_").replace(" ", "_"))
 
 

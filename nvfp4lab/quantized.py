@@ -32,6 +32,11 @@ class Quantized:
     codes: uint8 (..., K // 2), the even element in the low nibble; (..., K) for 8-bit elements.
     scales: uint8 (..., K // block), the scale format's own bytes; float32 where it has no format.
     outer: float32, what a decoded value is multiplied by: None, () or (..., 1).
+
+    >>> one = torch.tensor([[0x38]], dtype=torch.uint8)  # the scale 1 in E4M3
+    >>> codes = torch.tensor([[0x27] + 7 * [0]], dtype=torch.uint8)
+    >>> Quantized.from_buffers(codes, one, recipe="nvfp4").dequantize()[0, :3].tolist()
+    [6.0, 1.0, 0.0]
     """
 
     codes: torch.Tensor

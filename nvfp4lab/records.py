@@ -44,6 +44,10 @@ class Activations:
     int64 [T, k], the router's experts; topk_weights: float32 [T, k]; both None at a dense site.
     provenance: model, weights, engine, text, licences; `provenance["is"]` says in a sentence what
     the activations are. Tensors of a loaded record are mapped from its file.
+
+    >>> site = activations("smollm2")[0]
+    >>> site.label, site.hidden.shape, site.topk_ids is None
+    ('layer00.mlp_input', torch.Size([256, 576]), True)
     """
 
     hidden: torch.Tensor
@@ -79,6 +83,9 @@ class ExpertWeights:
 
     gate_up_proj: BF16 [E, 2 I, D], the gate's rows before those of up; down_proj: BF16 [E, D, I].
     A dense MLP is one expert. provenance: as of the activations that enter them.
+
+    >>> expert_weights("v4-mini").down_proj.dtype
+    torch.bfloat16
     """
 
     gate_up_proj: torch.Tensor
@@ -93,6 +100,7 @@ class ExpertWeights:
 
 
 def label_of(layer: int, site: str) -> str:
+    """A name for files and plots: label_of(5, "mlp_input") is layer05.mlp_input."""
     return f"layer{layer:02d}.{site}"
 
 
@@ -135,6 +143,9 @@ def load_activations(
 
     Raises: ValueError for anything that is not a whole, well-formed record, or for a capture that
     was interrupted and has rows in no shard; FileNotFoundError.
+
+    >>> [site.label for site in load_activations(data_folder() / "smollm2")][:2]
+    ['layer00.down_proj_input', 'layer00.mlp_input']
     """
     path = Path(path)
     files = record_files(path)

@@ -180,7 +180,17 @@ class Search(_Part):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way of quantizing: its name, what sets it apart, its source, its decisions."""
+    """One way of quantizing: its name, what sets it apart, its source, its decisions.
+
+    scale, elements, outer, specials, search: the parts of this module, whose fields are the
+    decisions; what is left out is decided as `nvfp4` does.
+
+    Raises: ValueError, in the parts, for a choice that a decision does not have.
+
+    >>> nvfp4 = Recipe("a", "All as nvfp4.", "made up")
+    >>> Recipe("b", "Ties away.", "made up", Scale(rounding="ties-away")).differences(nvfp4)
+    {'scale.rounding': ('ties-away', 'ties-to-even')}
+    """
 
     name: str
     summary: str

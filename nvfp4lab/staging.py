@@ -75,6 +75,9 @@ def stage(
 ) -> Staged:
     """`stage_mega_moe_inputs` into new buffers, on the device of the hidden states.
 
+    hidden_states: bfloat16 (T, K), K a positive multiple of 128; topk_weights, topk_ids:
+    (T, top_k); is_padding: bool (T,).
+
     Raises: as `stage_mega_moe_inputs`, and for a recipe that is unknown or not stageable also when
     there are no tokens.
 
@@ -134,13 +137,19 @@ def stage_mega_moe_inputs(
     x_scales and is_padding have stride 1; top-k tensors have any strides.
 
     A padding token is quantized like any other and gets id -1 and weight 0, under `seed` by
-    operations after the launch. No tokens: nothing is
-    checked or done. Nothing is allocated and nothing waited for on a CUDA device, except that
-    `seed` with top_k 0 allocates T numbers.
+    operations after the launch. No tokens: nothing is checked or done. Nothing is allocated and
+    nothing waited for on a CUDA device, except that `seed` with top_k 0 allocates T numbers.
 
     Raises: TypeError for a dtype, ValueError for a shape, device or stride, for a recipe that is
     unknown or has no staging kernel, and, with `seed`, for tensors past its 32-bit offsets; always
     before anything is written. The first call with tensors of new shapes may compile.
+
+    >>> hidden, ids = torch.ones(1, 128, dtype=torch.bfloat16), torch.tensor([[7]])
+    >>> x_fp4, x_sf = torch.empty(1, 64, dtype=torch.uint8), torch.empty(1, 2, dtype=torch.int32)
+    >>> topk_idx, topk_weights = torch.empty(1, 1, dtype=torch.int64), torch.empty(1, 1)
+    >>> stage_mega_moe_inputs(hidden, torch.ones(1, 1), ids, x_fp4, x_sf, topk_idx, topk_weights)
+    >>> hex(x_fp4[0, 0]), hex(x_sf[0, 0]), topk_idx.item()  # 1 is 6 / 6 under the scale 0.171875
+    ('0x77', '0x23232323', 7)
     """
     buffers = _Buffers(
         hidden_states,

@@ -71,6 +71,12 @@ def test_the_probe_tells_every_two_recipes_apart(name):
         assert same == (name == other), other
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "bfloat16"])
+def test_a_probe_has_a_dtype_that_quantize_takes(dtype):
+    with pytest.raises(TypeError, match="a probe is bfloat16, float16 or float32, got"):
+        nv.probe(dtype)
+
+
 @pytest.mark.parametrize("name", ["nvfp4", "cublas", "vllm-muse"])
 def test_the_probe_leaves_no_named_decision_open(name):
     got = identify(nv.quantize(PROBE, name), PROBE)

@@ -25,10 +25,18 @@ from nvfp4lab.rules import Elements, Recipe, Scale, Specials
 
 NVFP4 = nv.recipe("nvfp4")
 INFINITY = lookup.INFINITY
-WITH_TABLE = [
-    *("nvfp4", "nvfp4-ue5m3", "cublas", "mxfp4-floor", "mxfp4-ceil", "mxfp4-even"),
-    *("seed", "seed-as-meant", "vllm-muse", "llama.cpp"),
-]
+
+
+def says_all_in_codes(recipe: Recipe) -> bool:
+    """Four bits with a sign, under scale codes of the block alone; no search, no chance."""
+    scale, elements = recipe.scale, recipe.elements
+    if recipe.outer is not None or recipe.search is not None or scale.format is None:
+        return False
+    signed = elements.format.bits == 4 and elements.format.negative == "sign bit"
+    return signed and elements.rounding != "stochastic"
+
+
+WITH_TABLE = [name for name in nv.recipes() if says_all_in_codes(nv.recipe(name))]
 
 
 def bf16(bits: torch.Tensor) -> torch.Tensor:
@@ -107,8 +115,7 @@ def test_every_amax_has_the_scale_code_of_the_reference(name):
     assert_same_bytes(amax_blocks(nv.recipe(name)), nv.recipe(name))
 
 
-def test_which_recipes_have_a_table():
-    """Not those with an outer scale, a search, float32 scales, chance, or other codes than E2M1."""
+def test_those_recipes_and_no_other_have_a_table():
     assert [name for name in nv.recipes() if lookup.table_of(nv.recipe(name))] == WITH_TABLE
 
 

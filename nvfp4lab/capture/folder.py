@@ -83,6 +83,8 @@ class CaptureFolder:
         """Append one pass: for each (layer, site) its columns, CPU tensors [rows, ...].
 
         All sites have the same number of rows: row i of every site is the same token.
+
+        Raises: ValueError where they do not, or for other sites, dtypes or widths than before.
         """
         columns_of = {label_of(*key): columns for key, columns in records.items()}
         described = describe(records)
@@ -213,6 +215,7 @@ def folder_of_rank(out: Path, **ranks: tuple[int, int]) -> Path:
 
 
 def column_bytes(dtype: str, width: int | None) -> int:
+    """Bytes of one row of a column; width None is one number a row."""
     return getattr(torch, dtype).itemsize * (1 if width is None else width)
 
 

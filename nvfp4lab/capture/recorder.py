@@ -73,18 +73,22 @@ class Recorder:
 
     @property
     def rows(self) -> int:
+        """Tokens in the folder, of this capture and those that it goes on from."""
         return self._folder.state["rows"]
 
     @property
     def passes(self) -> int:
+        """Forward passes in the folder: how many to leave out when going on."""
         return self._folder.state["passes"]
 
     @property
     def bytes(self) -> int:
+        """Bytes of the records of all layers in the folder, headers not counted."""
         return self._folder.state["bytes"]
 
     @property
     def full(self) -> bool:
+        """Whether a budget is used up; then nothing more is recorded."""
         return self._out_of_bytes or (self._tokens is not None and self.rows >= self._tokens)
 
     @property
@@ -93,7 +97,10 @@ class Recorder:
         return self._rows is not None
 
     def begin(self, positions: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        """A pass of T tokens: positions integer [T]; valid bool [T], False where it is padding."""
+        """A pass of T tokens: positions integer [T]; valid bool [T], False where it is padding.
+
+        Raises: ValueError for other shapes, RuntimeError if a pass is under way.
+        """
         if self.recording:
             raise RuntimeError("begin: the pass before has not ended")
         if self.full:
@@ -127,6 +134,9 @@ class Recorder:
         """What enters one layer in this pass: hidden [T, D], ids [T, k], weights [T, k].
 
         The chosen rows are copied at once: hidden to BF16, weights to float32, all to the CPU.
+
+        Raises: ValueError for other shapes, ids without weights, or ids that are none;
+        RuntimeError outside a pass, or for a layer and site that came before in it.
         """
         if self.full or (self.layers is not None and layer not in self.layers):
             return

@@ -211,6 +211,8 @@ def route(
 
     In float32 throughout. Where two experts score within the rounding of the engine's own gate,
     the engine may have chosen the other.
+
+    Raises: ValueError for a hash-routed layer without its token ids.
     """
     gate = moe.gate
     scores = softplus(hidden.float() @ gate.weight.float().T).sqrt()

@@ -41,6 +41,10 @@ SOUND_LAYOUTS = ("linear", "mega_moe int32 words", "MN-major int32 words")
 
 
 def packed_codes(codes: torch.Tensor, rows: int, width: int) -> torch.Tensor:
+    """A kernel's codes, two to a byte in any shape of that size, as uint8 (rows, width / 2).
+
+    Raises: TypeError unless they are bytes, ValueError for another number of them.
+    """
     if codes.element_size() != 1 or codes.dtype == torch.bool:
         raise TypeError(f"codes are bytes (uint8, int8 or float4_e2m1fn_x2), got {codes.dtype}")
     if codes.numel() != rows * width // 2:
@@ -51,7 +55,10 @@ def packed_codes(codes: torch.Tensor, rows: int, width: int) -> torch.Tensor:
 
 
 def scale_layouts(scales: torch.Tensor, rows: int, columns: int) -> dict[str, torch.Tensor]:
-    """Every layout that the buffer's size allows -> its bytes (rows, columns)."""
+    """Every layout that the buffer's size allows -> its bytes (rows, columns).
+
+    Raises: ValueError if there is none, TypeError unless it holds bytes or int32 words.
+    """
     found = {}
     high, wide = -(-rows // 128) * 128, -(-columns // 4) * 4
     if scales.dtype in (torch.int32, torch.uint32):

@@ -63,6 +63,11 @@ def compare(q_a: Quantized, q_b: Quantized, x: torch.Tensor) -> Comparison:
     are x / (s g) under q_b's scales.
 
     Raises: ValueError if shapes, devices or formats differ.
+
+    >>> from nvfp4lab import quantize
+    >>> x = torch.tensor([[6.0, 2.5] + [0.0] * 14])
+    >>> compare(quantize(x, "seed"), quantize(x, "nvfp4"), x).counts[["cause", "codes"]].values
+    array([['tie', 1]], dtype=object)
     """
     _check(q_a, q_b, x)
     block, width = q_b.recipe.scale.block, q_b.scales.shape[-1]

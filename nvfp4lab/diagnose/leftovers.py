@@ -139,8 +139,10 @@ def _nearness(output: Output, recipe: Recipe, wrong_codes: torch.Tensor) -> str:
 
 
 def counts(scales: int, codes: int) -> str:
+    """How many scales and codes, in words."""
     return f"{count(scales, 'scale')} and {count(codes, 'code')}"
 
 
 def count(number: int, what: str) -> str:
+    """A number of things, in words."""
     return f"{number} {what}{'s' * (number != 1)}"

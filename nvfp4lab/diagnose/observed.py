@@ -82,9 +82,11 @@ class Observed:
         return wrong_scales, wrong_codes
 
     def wrong_scales(self, recipe: Recipe) -> int:
+        """How many stored scales the recipe does not give."""
         return int((self.scales(recipe) != self.stored[:, 0]).sum())
 
     def wrong_codes(self, recipe: Recipe) -> int:
+        """How many codes the recipe does not give."""
         return int((self.element_codes(recipe) != self.codes).sum())
 
     def at(self, index: torch.Tensor) -> Observed:

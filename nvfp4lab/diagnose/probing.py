@@ -10,6 +10,7 @@ import math
 import torch
 
 from nvfp4lab.formats import E2M1
+from nvfp4lab.quantized import DTYPES
 
 ROWS, WIDTH = 256, 512
 LARGEST = 3 * 2688.0
@@ -31,9 +32,13 @@ def probe(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
     n is 1536, 5.25. A decision that no such input can tell (an outer scale that lets nothing
     saturate, say) stays open.
 
+    Raises: TypeError for a dtype that `quantize` does not take.
+
     >>> probe().shape
     torch.Size([256, 512])
     """
+    if dtype not in DTYPES:
+        raise TypeError(f"a probe is bfloat16, float16 or float32, got {dtype}")
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(ROWS, WIDTH // 16, 16, generator=generator).clamp(-3.9, 3.9)
     power = torch.randint(-18, 8, (ROWS, WIDTH // 16, 1), generator=generator)

@@ -48,6 +48,15 @@ class Statistics(Measures):
     _other, _zero_scale part sum_ee into each block's largest element, its others, and blocks of
     scale zero; max_abs_e, max_rel_e (|e| / |x|), amax. Measures are properties, each with a line of
     its own here; tidy frames come from the methods that begin with by_, and the histograms'.
+
+    Raises: ValueError in `a + b` for other recipes or widths.
+
+    >>> import torch
+    >>> from nvfp4lab import measure
+    >>> x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    >>> parts = measure(x[:3], "nvfp4") + measure(x[3:], "nvfp4")
+    >>> parts.tokens, parts.blocks, parts.max_abs_e == measure(x, "nvfp4").max_abs_e
+    (8, 32, True)
     """
 
     def __repr__(self) -> str:
@@ -115,7 +124,10 @@ class Statistics(Measures):
 
     @classmethod
     def load_with_note(cls, path: str | Path) -> tuple[Self, str]:
-        """As `load`, with the note beside it."""
+        """As `load`, with the note beside it.
+
+        Raises: as `load`.
+        """
         try:
             with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}

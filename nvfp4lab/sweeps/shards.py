@@ -32,6 +32,7 @@ class Shard:
 
     @property
     def label(self) -> str:
+        """A name of its site for files and plots, such as layer05.mlp_input."""
         return label_of(self.layer, self.site)
 
 
@@ -51,6 +52,7 @@ class Failure:
         return f"{self.path}{rows}{f' ({self.recipe})' if self.recipe else ''}: {self.error}"
 
     def as_dict(self) -> dict[str, Any]:
+        """Its fields by name, for a frame's attributes."""
         return asdict(self)
 
 

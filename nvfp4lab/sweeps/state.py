@@ -46,9 +46,11 @@ class Entry:
 
     @property
     def key(self) -> Key:
+        """By what the sweep knows it."""
         return self.layer, self.site, self.recipe.name
 
     def add(self, path: str, start: int, stop: int, statistics: Statistics) -> None:
+        """Count rows start to stop of a file, which were not counted before."""
         self.statistics += statistics
         merged: list[tuple[int, int]] = []
         for a, b in sorted([*self.done.get(path, []), (start, stop)]):
@@ -158,6 +160,7 @@ class State:
         }
 
     def save_largest(self, largest: Mapping[str, Largest]) -> None:
+        """Replace largest.json, where the state has a folder."""
         if self.folder is None:
             return
         known = {

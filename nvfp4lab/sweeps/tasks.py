@@ -64,6 +64,7 @@ class Task:
 
     @property
     def elements(self) -> int:
+        """How many elements the task measures."""
         return (self.stop - self.start) * self.width
 
 

@@ -103,7 +103,10 @@ def expected_error(
 
 
 def integrated(of_law: Law, recipe: Recipe, elements: int | None, g: float | None) -> Expectation:
-    """The integral at growing resolutions, until two agree."""
+    """The integral at growing resolutions, until two agree.
+
+    Raises: ValueError for a law that cannot be integrated.
+    """
     averages = recipe.outer is not None and g is None
     agree = AGREE_WITH_OUTER if averages or recipe.search else AGREE
     found, off, left = None, math.inf, 0.0
@@ -163,7 +166,11 @@ def _decodes_as_it_searches(recipe: Recipe) -> bool:
 
 
 def check_outer(recipe: Recipe, elements: int | None, outer: float | None) -> float | None:
-    """The calibrated outer scale, or None."""
+    """The calibrated outer scale, or None.
+
+    Raises: ValueError for one that is no scale or that the recipe has no use for, and for a number
+    of elements that is missing or no multiple of the block.
+    """
     if outer is not None:
         if recipe.outer is None:
             raise ValueError(f"an outer scale was given, but {recipe.name} has none")

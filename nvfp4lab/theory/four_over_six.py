@@ -47,6 +47,7 @@ class Pair:
     second: Step
 
     def at(self, amax: float) -> Pair:
+        """The two under this largest magnitude."""
         return Pair(self.first.at(amax), self.second.at(amax))
 
 
@@ -60,6 +61,7 @@ class FourOverSix:
 
     @classmethod
     def under(cls, recipe: Recipe, of: BlockLaw) -> FourOverSix:
+        """The recipe's blocks of a law."""
         return cls(recipe, of, element_cells(recipe))
 
     def between(self, low: float, high: float, g: float) -> Sums:
@@ -160,6 +162,7 @@ class Others:
 
     @cached_property
     def middle(self) -> np.ndarray:
+        """[I]: the middle of each interval."""
         return (self.ends[:-1] + self.ends[1:]) / 2
 
     @cached_property
@@ -183,6 +186,7 @@ class Others:
 
     @property
     def mass(self) -> np.ndarray:
+        """[I]: the probability of an element in each interval."""
         return self.moments[0]
 
     def rows(self, moments: np.ndarray, which: int, step: Step) -> np.ndarray:
@@ -297,6 +301,7 @@ class Others:
 
 
 def both(pair: Pair) -> tuple[Step, Step]:
+    """The two steps."""
     return pair.first, pair.second
 
 

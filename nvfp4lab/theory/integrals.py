@@ -42,10 +42,12 @@ class Sums:
 
     @classmethod
     def zero(cls, codes: int) -> Sums:
+        """Nothing summed yet, for so many codes."""
         arrays = {"codes": np.zeros(codes), "scales": np.zeros(256)}
         return cls(**{f.name: arrays.get(f.name, 0.0) for f in fields(cls)})  # type: ignore[arg-type]
 
     def add(self, other: Sums, times: float = 1.0) -> None:
+        """Add another, times a number, in place."""
         for name in (f.name for f in fields(self)):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
 
@@ -117,10 +119,12 @@ class BlockLaw:
 
     @cached_property
     def knots_of_x(self) -> np.ndarray:
+        """Where the law of an element is not smooth, or far out."""
         return self.law.knots()
 
     @cached_property
     def knots_of_max(self) -> np.ndarray:
+        """The same of the largest magnitude of a block."""
         return np.union1d(self.knots_of_x, self.law.knots(self.block))
 
     def weights(self, m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -39,14 +39,22 @@ class Blocks(Protocol):
     """Sums over blocks of one recipe, by their largest magnitude and the outer scale."""
 
     @property
-    def of(self) -> BlockLaw: ...
+    def of(self) -> BlockLaw:
+        """The law of their elements."""
+        ...
 
     @property
-    def cells(self) -> Cells: ...
+    def cells(self) -> Cells:
+        """What an element decodes to, by its quotient."""
+        ...
 
-    def between(self, low: float, high: float, g: float) -> Sums: ...
+    def between(self, low: float, high: float, g: float) -> Sums:
+        """Integrated over largest magnitudes from low to high, under the outer scale g."""
+        ...
 
-    def at(self, amax: float, g: float) -> Sums: ...
+    def at(self, amax: float, g: float) -> Sums:
+        """Of blocks with this largest magnitude, under the outer scale g."""
+        ...
 
 
 def outer_scale(rule: Outer, amax: float) -> float:

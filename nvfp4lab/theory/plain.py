@@ -21,6 +21,7 @@ class Plain:
 
     @classmethod
     def under(cls, recipe: Recipe, of: BlockLaw) -> Plain:
+        """The recipe's blocks of a law."""
         return cls(recipe, of, element_cells(recipe))
 
     def between(self, low: float, high: float, g: float) -> Sums:
