@@ -185,7 +185,7 @@ def divisor_scale(stored: torch.Tensor, raw: torch.Tensor, recipe: Recipe) -> to
         case "unrounded":
             return raw
         case "subnormals as normals":
-            as_normal = fmt.smallest_normal / 2 * (1 + stored / 2**fmt.mantissa_bits)
+            as_normal = fmt.smallest_normal / 2 * (1 + stored.float() / 2**fmt.mantissa_bits)
             return fmt.decode(stored).where(stored >> fmt.mantissa_bits != 0, as_normal)
 
 

@@ -7,11 +7,12 @@ May be changed: a new public function gets a call.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ import nvfp4lab as nv
 
 SEED = 5
 CALLS: dict[str, Callable[[], Any]] = {}
+# These take a tenth of a second and more.
+HEAVY = ("identify", "identify_a_rule_without_a_name", "control", "predict", "expected_error")
 
 
 def digest(result: Any) -> str:
@@ -104,6 +107,21 @@ for _recipe in nv.recipes():
     CALLS[f"measure {_recipe}"] = functools.partial(measured_by, _recipe)
 for _recipe in ("nvfp4", "nvfp4-token", "vllm-megamoe", "vllm-muse", "seed"):
     CALLS[f"stage {_recipe}"] = functools.partial(staged_by, _recipe)
+
+
+@call
+def quantize_by_every_choice() -> list[nv.Quantized]:
+    """Of every part of a recipe, also those that no recipe with a name has."""
+    made, base, x = [], nv.recipe("fouroversix"), bits(2, 64)
+    for part in ("scale", "elements", "outer", "specials", "search"):
+        own = getattr(base, part)
+        for decision, choices in own.choices().items():
+            for choice in choices:
+                with contextlib.suppress(ValueError):  # two that do not go together
+                    changed = dataclasses.replace(own, **{decision: choice})
+                    recipe = dataclasses.replace(base, name="x", **{part: changed})
+                    made.append(nv.quantize(x, recipe))
+    return made
 
 
 @call
@@ -249,10 +267,10 @@ def save_and_load() -> list[Any]:
         ]
 
 
-def digests(names: list[str] | None = None) -> dict[str, str]:
+def digests(names: Iterable[str] = CALLS) -> dict[str, str]:
     """The digest of each call's result, or the error that it raised."""
     found = {}
-    for name in CALLS if names is None else names:
+    for name in names:
         try:
             found[name] = digest(CALLS[name]())
         except Exception as error:

@@ -6,32 +6,247 @@ in ON_GPU.
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from public_calls import bits, digest, values
-from sweep_runs import EXACT
+from public_calls import CALLS, HEAVY, bits, digest, digests, values
+from sweep_runs import EXACT, alike, capture, swept
 
 import nvfp4lab as nv
+from nvfp4lab.capture.folder import CaptureFolder
+from nvfp4lab.sweeps import state
 
 TESTS = Path(__file__).parent
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
+def environment() -> dict[str, str]:
+    """In which a new process finds the package and the tests."""
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    return os.environ | {"PYTHONPATH": path}
+
+
 def run(code: str, **env: str) -> str:
     """The output of Python code in a new process."""
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    env = os.environ | {"PYTHONPATH": path} | env
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment() | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip()
+
+
+class _set:
+    """how(on) within the block, how(off) after it."""
+
+    def __init__(self, how: Callable, on: object, off: object):
+        self.how, self.on, self.off = how, on, off
+
+    def __enter__(self) -> None:
+        self.how(self.on)
+
+    def __exit__(self, *_: object) -> None:
+        self.how(self.off)
+
+
+# ---- Threads ----
+
+LIGHT = [name for name in CALLS if name not in HEAVY]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, str]:
+    """The digest of each call on one thread with nothing beside it."""
+    found = digests()
+    assert not [text for text in found.values() if ":" in text]
+    return found
+
+
+COLD_THREADS = """
+import json, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+sys.setswitchinterval(1e-6)
+import public_calls  # which has imported no module of nvfp4lab but what its table needs
+together = threading.Barrier(8)
+def work(thread):
+    light = {light!r}
+    at = thread * len(light) // 16
+    names = [*light[at:], *light[:at], {heavy!r}[thread % {count}]]
+    together.wait()
+    return public_calls.digests(names)
+with ThreadPoolExecutor(8) as pool:
+    print(json.dumps(list(pool.map(work, range(8)))))
+"""
+
+
+def test_eight_threads_start_cold_on_every_public_function(alone):
+    """Lazy imports, tables and caches are first touched by racing threads."""
+    code = COLD_THREADS.format(light=LIGHT, heavy=HEAVY, count=len(HEAVY))
+    for found in json.loads(run(code)):
+        differing = {name: found[name] for name in found if found[name] != alone[name]}
+        assert not differing
+
+
+COLD_INTERPRETER = """
+import json, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+sys.setswitchinterval(1e-6)
+import public_calls
+together = threading.Barrier(8)
+def work(_):
+    together.wait()
+    return public_calls.digests({names!r})
+with ThreadPoolExecutor(8) as pool:
+    print(json.dumps(list(pool.map(work, range(8)))))
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
+def test_eight_threads_launch_kernels_in_the_interpreter(alone):
+    names = ["stage nvfp4", "stage nvfp4-token", "stage seed"]
+    code = COLD_INTERPRETER.format(names=names)
+    found = json.loads(run(code, TRITON_INTERPRET="1"))
+    assert found == [{name: alone[name] for name in names}] * 8
+
+
+def test_asyncio_may_call_from_threads(alone):
+    async def every() -> list[dict[str, str]]:
+        return await asyncio.gather(*(asyncio.to_thread(digests, LIGHT[i::4]) for i in range(4)))
+
+    together = {name: text for found in asyncio.run(every()) for name, text in found.items()}
+    assert together == {name: alone[name] for name in LIGHT}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_get_the_same(method, alone):
+    """Forked after all of it was used, with one thread of torch: more may hang, as torch's do."""
+    names = ["quantize nvfp4", "quantize_by_a_table", "measure nvfp4-token", "stage nvfp4"]
+    code = (
+        "import json, multiprocessing, public_calls\n"
+        "if __name__ == '__main__':\n"
+        f"    public_calls.digests({names!r})\n"
+        f"    with multiprocessing.get_context({method!r}).Pool(2) as pool:\n"
+        f"        print(json.dumps(pool.map(public_calls.digests, [{names!r}] * 2)))\n"
+    )
+    found = json.loads(run(code, OMP_NUM_THREADS="1"))
+    assert found == [{name: alone[name] for name in names}] * 2
+
+
+# ---- Modes of torch ----
+
+MODES: dict[str, Callable[[], Any]] = {
+    "inference mode": torch.inference_mode,
+    "no grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float64 by default": lambda: _set(torch.set_default_dtype, torch.float64, torch.float32),
+    "bfloat16 by default": lambda: _set(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "a default device": lambda: torch.device("meta"),
+    "deterministic algorithms": lambda: _set(torch.use_deterministic_algorithms, True, False),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_of_torch_changes_no_bit(mode, alone):
+    names = list(CALLS) if "default" in mode else LIGHT
+    with MODES[mode]():
+        found = digests(names)
+    assert {n: found[n] for n in names if found[n] != alone[n]} == {}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_torchs_number_of_threads_changes_no_bit(threads, alone):
+    """But of sums over much, and of products of matrices: `sweeps` says so of sums."""
+    names = [name for name in LIGHT if name != "through_experts"]
+    with _set(torch.set_num_threads, threads, torch.get_num_threads()):
+        found = digests(names)
+    assert {n: found[n] for n in names if found[n] != alone[n]} == {}
+
+
+# ---- Processes in one place ----
+
+
+def test_a_state_in_use_can_be_read_where_nothing_is_left_to_count(tmp_path):
+    """As the page of a report is made while another sweep of the same state goes on."""
+    folder, kept = capture(tmp_path / "a folder"), tmp_path / "state"
+    recipes = ["nvfp4", "nvfp4-tensor"]
+    whole = swept(folder, recipes, state=kept)
+    with state.State(kept, []):
+        assert alike(swept(folder, recipes, state=kept), whole)
+        with pytest.raises(RuntimeError, match="is in use by another sweep"):
+            swept(folder, [*recipes, "seed"], state=kept)
+    assert alike(swept(folder, recipes, state=kept), whole)
+
+
+def test_sweeps_started_together_give_what_one_gives_or_are_refused(tmp_path):
+    folder = capture(tmp_path / "a folder")
+    command = [
+        *(sys.executable, "-m", "nvfp4lab.cli", "sweep", str(folder)),
+        *("--recipes", "nvfp4", "nvfp4-tensor", "--out"),
+    ]
+    subprocess.run([*command, "one.csv"], cwd=tmp_path, env=environment(), check=True)
+    together = [
+        subprocess.Popen(
+            [*command, "o.csv"],
+            cwd=tmp_path,
+            env=environment(),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    errors = [process.communicate()[1] for process in together]
+    codes = [process.returncode for process in together]
+    assert 0 in codes
+    for code, said in zip(codes, errors, strict=True):
+        assert code == 0 or (code == 2 and "in use by another sweep" in said), said
+        assert "Traceback" not in said
+    assert (tmp_path / "o.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+
+
+def _captured(path: Path) -> CaptureFolder:
+    return CaptureFolder(path, {"is": "a test"}, {}, shard_bytes=1 << 20)
+
+
+def _commit(folder: CaptureFolder, rows: int) -> None:
+    columns = {"hidden": values(rows, 64), "positions": torch.arange(rows)}
+    folder.commit({(0, "mlp_input"): columns}, tokens_seen=rows)
+
+
+def test_a_capture_that_ends_while_another_goes_on_with_it_loses_nothing(tmp_path, monkeypatch):
+    """The other has read capture.json and waits for its turn when the first ends."""
+    first = _captured(tmp_path / "c")
+    _commit(first, 5)
+    locked = CaptureFolder._locked
+
+    def first_ends_then_locked(self: CaptureFolder) -> Any:
+        first.finish()
+        return locked(self)
+
+    monkeypatch.setattr(CaptureFolder, "_locked", first_ends_then_locked)
+    second = _captured(tmp_path / "c")
+    _commit(second, 3)
+    second.finish()
+    assert [len(record) for record in nv.load_activations(tmp_path / "c")] == [5, 3]
+
+
+def test_a_capture_that_goes_on_is_not_read(tmp_path):
+    folder = _captured(tmp_path / "c")
+    _commit(folder, 5)
+    with pytest.raises(ValueError, match="interrupted"):
+        nv.load_activations(tmp_path / "c")
+    with pytest.raises(RuntimeError, match="is being written by another process"):
+        _captured(tmp_path / "c")
+    folder.finish()
+    assert [len(record) for record in nv.load_activations(tmp_path / "c")] == [5]
 
 
 # ---- On a GPU ----
@@ -276,19 +491,6 @@ ON_GPU_MODES = {
     "a default device": lambda: torch.device("cuda"),
     "inference mode": torch.inference_mode,
 }
-
-
-class _set:
-    """set(on) within the block, then set(off)."""
-
-    def __init__(self, how: Callable, on: object, off: object):
-        self.how, self.on, self.off = how, on, off
-
-    def __enter__(self) -> None:
-        self.how(self.on)
-
-    def __exit__(self, *_: object) -> None:
-        self.how(self.off)
 
 
 @pytest.mark.parametrize("mode", ON_GPU_MODES)
