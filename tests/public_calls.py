@@ -84,17 +84,17 @@ def call(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def quantized_by(recipe: str) -> list[torch.Tensor | None]:
-    drawn = {"generator": generator()} if recipe == "nvfp4-stochastic" else {}
+    drawn: dict[str, Any] = {"generator": generator()} if recipe == "nvfp4-stochastic" else {}
     q = nv.quantize(bits(3, 256), recipe, **drawn)
     return [q.codes, q.scales, q.outer, q.dequantize(), q.dequantize(torch.bfloat16)]
 
 
 def measured_by(recipe: str) -> nv.Statistics:
-    drawn = {"generator": generator()} if recipe == "nvfp4-stochastic" else {}
+    drawn: dict[str, Any] = {"generator": generator()} if recipe == "nvfp4-stochastic" else {}
     return nv.measure(values(4, 128), recipe, **drawn)
 
 
-def staged_by(recipe: str) -> nv.Quantized:
+def staged_by(recipe: str) -> list[torch.Tensor | None]:
     x = values(3, 256)
     top_k = torch.ones(3, 2, dtype=torch.float32, device="cpu")
     ids = torch.arange(6, dtype=torch.int32, device="cpu").view(3, 2)
@@ -216,6 +216,7 @@ def control() -> nv.Activations:
 def through_experts() -> list[Any]:
     weights = nv.expert_weights("v4-mini")
     site = next(s for s in nv.activations("v4-mini") if s.layer == weights.layer)
+    assert site.topk_ids is not None and site.topk_weights is not None
     few = dataclasses.replace(
         site,
         hidden=site.hidden[:8],

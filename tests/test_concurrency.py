@@ -352,10 +352,10 @@ def test_eight_threads_with_streams_of_their_own_start_cold(name, gpu, expected,
     assert found.split() == [expected[name]] * 8
 
 
-def _buffers(x: torch.Tensor, recipe: str) -> dict[str, torch.Tensor]:
+def _buffers(x: torch.Tensor, recipe: str) -> dict[str, Any]:
     tokens, width = x.shape
-    like = {"device": x.device}
-    buffers = {
+    like: dict[str, Any] = {"device": x.device}
+    buffers: dict[str, Any] = {
         "hidden_states": x,
         "topk_weights": torch.rand(tokens, 2, **like),
         "topk_ids": torch.zeros(tokens, 2, dtype=torch.int32, **like),
@@ -408,7 +408,7 @@ def test_a_cuda_graph_of_dequantize_replays_with_other_codes(recipe, gpu):
     with torch.cuda.graph(graph):
         out = q.dequantize()
     for own, new in ((q.codes, other.codes), (q.scales, other.scales), (q.outer, other.outer)):
-        if own is not None:
+        if own is not None and new is not None:
             own.copy_(new)
     graph.replay()
     torch.testing.assert_close(out, other.dequantize(), rtol=0, atol=0, equal_nan=True)
