@@ -42,7 +42,7 @@ def _feed(sha: Any, value: Any) -> None:
             sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
             sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         case pd.DataFrame():
-            sha.update(value.to_json(double_precision=15, orient="split").encode())
+            sha.update(str(value.to_json(double_precision=15, orient="split")).encode())
         case np.ndarray():
             sha.update(f"{value.dtype}{value.shape}".encode())
             sha.update(repr(value.tolist()).encode() if value.dtype == object else value.tobytes())
