@@ -50,7 +50,7 @@ def quantize_blocks(
 def prepare(x: torch.Tensor, outer: OuterScale, recipe: Recipe, dtype: torch.dtype) -> Blocks:
     """Everything that comes before rounding."""
     if recipe.outer is not None and recipe.outer.divides == "input":
-        one = torch.ones((), device=x.device)
+        one = torch.ones((), dtype=torch.float32, device=x.device)
         x, outer = x / outer.decode, OuterScale(one, one, outer.amax)
     amax = _block_amax(x, recipe)
     return Blocks(x, amax, _raw_scale(amax, outer, recipe, dtype), outer, dtype)
@@ -129,7 +129,7 @@ def encode_elements(
     s = divisor_scale(stored, blocks.raw_scale, recipe)
     quotient = quotient_of(blocks, s, recipe)
     if specials.zero_scale != "divides":
-        zero = torch.zeros((), device=quotient.device)
+        zero = torch.zeros((), dtype=torch.float32, device=quotient.device)
         kept = zero if specials.zero_scale == "codes +0" else zero.copysign(blocks.x)
         quotient = quotient.where(_decoded(stored, recipe) != 0, kept)
     if rule.overflow == "sign bit":
@@ -185,7 +185,7 @@ def divisor_scale(stored: torch.Tensor, raw: torch.Tensor, recipe: Recipe) -> to
         case "unrounded":
             return raw
         case "subnormals as normals":
-            as_normal = fmt.smallest_normal / 2 * (1 + stored / 2**fmt.mantissa_bits)
+            as_normal = fmt.smallest_normal / 2 * (1 + stored.float() / 2**fmt.mantissa_bits)
             return fmt.decode(stored).where(stored >> fmt.mantissa_bits != 0, as_normal)
 
 

@@ -19,7 +19,7 @@ from nvfp4lab import catalogue, layouts, quantized
 from nvfp4lab.blocks import quantize_blocks
 from nvfp4lab.lookup import Table, table_of
 from nvfp4lab.outer import OuterScale, outer_from_amax
-from nvfp4lab.quantized import DTYPES, Quantized, chunk_on, spans
+from nvfp4lab.quantized import DTYPES, Quantized, chunk_on, refuse_capture, spans
 from nvfp4lab.rules import Recipe
 
 LARGEST_BF16 = torch.finfo(torch.bfloat16).max
@@ -38,10 +38,11 @@ def quantize(
     x: (..., K) bfloat16, float16 or float32, K a multiple of the recipe's block, any strides, CPU
     or CUDA; all arithmetic is float32. outer: a calibrated decode scale in place of the tensor's
     own, for recipes with an outer scale per tensor. generator: draws the random numbers of
-    stochastic rounding. What becomes of NaN, Inf, -0, zero blocks and ties is in the recipe.
+    stochastic rounding. What becomes of NaN, Inf, -0, zero blocks and ties is in the recipe. On a
+    CPU thread with torch.set_flush_denormal(True) what is subnormal in float32 becomes zero.
 
     Raises: TypeError for a dtype, ValueError for a shape, an unknown recipe, or an outer scale or a
-    generator that the recipe has no use for.
+    generator that the recipe has no use for, RuntimeError while a CUDA graph is captured.
 
     >>> q = quantize(torch.tensor([[6.0] + [1.0] * 15]))
     >>> q.codes[0, 0].item(), q.scales[0, 0].item()     # 6 -> 7, 1 -> 2; scale 1.0 -> 0x38
@@ -93,7 +94,7 @@ def find_outer(
         g = torch.as_tensor(given, dtype=torch.float32, device=x.device).reshape(())
         return OuterScale.given(g, rule)
     shape = (*x.shape[:-1], 1) if rule.per == "token" else ()
-    amax = torch.zeros(math.prod(shape), device=x.device)
+    amax = torch.zeros(math.prod(shape), dtype=torch.float32, device=x.device)
     infinity = LARGEST_BF16 if rule.inf_in_amax == "the largest BF16" else math.inf
     blocks_of_one = x.numel() // recipe.scale.block // max(1, len(amax))
     for start, stop, blocks in iter_blocks(x, recipe.scale.block):
@@ -126,6 +127,7 @@ def check_input(x: torch.Tensor, recipe: Recipe, outer, generator) -> None:
         raise TypeError(f"x is a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x is bfloat16, float16 or float32, got {x.dtype}")
+    refuse_capture(x.device)
     if x.ndim == 0 or x.shape[-1] % recipe.scale.block:
         raise ValueError(
             f"x is (..., K) with K a multiple of the block of {recipe.scale.block}, "
@@ -138,6 +140,6 @@ def check_input(x: torch.Tensor, recipe: Recipe, outer, generator) -> None:
     if recipe.outer is None or recipe.outer.per != "tensor":
         has = "an outer scale for each token" if recipe.outer else "no outer scale"
         raise ValueError(f"an outer scale was given, but {recipe.name} has {has}")
-    scale = torch.as_tensor(outer, dtype=torch.float32)
+    scale = torch.as_tensor(outer, dtype=torch.float32, device="cpu")
     if scale.numel() != 1 or not 0 < scale.item() < math.inf:
         raise ValueError(f"outer is one positive finite float32 decode scale, got {outer}")

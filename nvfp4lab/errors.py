@@ -20,7 +20,7 @@ from nvfp4lab import catalogue
 from nvfp4lab.blocks import quantize_blocks
 from nvfp4lab.codec import check_input, find_outer, quantize
 from nvfp4lab.outer import OuterScale
-from nvfp4lab.quantized import DTYPES, Quantized, chunk_on
+from nvfp4lab.quantized import DTYPES, Quantized, chunk_on, refuse_capture
 from nvfp4lab.rules import Recipe
 from nvfp4lab.staging import stage
 from nvfp4lab.statistics import Statistics, Tally, in_torch, in_triton
@@ -200,6 +200,7 @@ def _check_pair(x: torch.Tensor, q: Quantized) -> None:
         raise TypeError(f"x is bfloat16, float16 or float32, got {x.dtype}")
     if q.shape != x.shape:
         raise ValueError(f"x is {tuple(x.shape)}, its quantized form {tuple(q.shape)}")
+    refuse_capture(x.device)
     if q.codes.device != x.device:
         raise ValueError(f"x is on {x.device}, its quantized form on {q.codes.device}")
 
@@ -212,13 +213,13 @@ def scale_histogram(q: Quantized) -> pd.DataFrame:
     fmt = q.recipe.scale.format
     if fmt is None:
         raise ValueError(f"{q.recipe.name} keeps its scales in float32; they have no bytes")
-    codes = torch.arange(len(fmt.magnitudes), dtype=torch.uint8)
+    codes = torch.arange(len(fmt.magnitudes), dtype=torch.uint8, device="cpu")
     counts = torch.bincount(q.scales.flatten().int(), minlength=len(codes))[: len(codes)].cpu()
     return pd.DataFrame(
         {
             "scale_code": codes.numpy(),
             "scale": fmt.decode(codes).numpy(),
-            "share": (counts / max(1, q.scales.numel())).numpy(),
+            "share": (counts.float() / max(1, q.scales.numel())).numpy(),
         }
     )
 

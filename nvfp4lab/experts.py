@@ -92,14 +92,15 @@ def through_experts(
     inputs = _staged(x, precision.inputs)
     output = torch.zeros(x.shape, dtype=torch.float32, device=device)
     routes: list[tuple[torch.Tensor, ...]] = []  # token, gate_up, hidden, hidden_staged
-    for expert in ids[ids != NO_EXPERT].unique().tolist():
-        token, choice = (ids == expert).nonzero(as_tuple=True)
-        both = inputs[token] @ _staged(weights.gate_up_proj[expert], precision.weights).T
-        hidden = _hidden_of(both, limit) * shares[token, choice, None]
-        staged = _staged(hidden, precision.hidden)
-        down = _staged(weights.down_proj[expert], precision.weights)
-        output.index_add_(0, token, staged @ down.T)
-        routes.append((token, both, hidden, staged))
+    with torch.autocast(device.type, enabled=False):  # it would make the products BF16
+        for expert in ids[ids != NO_EXPERT].unique().tolist():
+            token, choice = (ids == expert).nonzero(as_tuple=True)
+            both = inputs[token] @ _staged(weights.gate_up_proj[expert], precision.weights).T
+            hidden = _hidden_of(both, limit) * shares[token, choice, None]
+            staged = _staged(hidden, precision.hidden)
+            down = _staged(weights.down_proj[expert], precision.weights)
+            output.index_add_(0, token, staged @ down.T)
+            routes.append((token, both, hidden, staged))
     inner = weights.down_proj.shape[-1]
     routes = routes or [(ids.new_zeros(0), *(output.new_zeros(0, n * inner) for n in (2, 1, 1)))]
     tokens, gate_up, hidden, hidden_staged = (torch.cat(part) for part in zip(*routes, strict=True))
@@ -143,7 +144,7 @@ def _routes(site: Activations, weights: ExpertWeights) -> tuple[torch.Tensor, to
     if site.topk_ids is None or site.topk_weights is None:
         if experts > 1:
             raise ValueError(f"{site.label} is dense, but the weights have {experts} experts")
-        one = torch.ones(len(site), 1, device=device)
+        one = torch.ones(len(site), 1, dtype=torch.float32, device=device)
         return one.long() - 1, one
     for expert in site.topk_ids.unique().tolist():
         if expert != NO_EXPERT and not 0 <= expert < experts:

@@ -213,7 +213,9 @@ class Format:
                 below = search("toward-zero").int()
                 low = _magnitudes(self, x.device)[below]
                 high = _magnitudes(self, x.device)[(below + 1).clamp(max=self.code_of_max)]
-                draw = torch.rand(x.shape, generator=generator, device=x.device)
+                draw = torch.rand(
+                    x.shape, generator=generator, dtype=torch.float32, device=x.device
+                )
                 return below + (draw * (high - low) < magnitude - low) * (high > low)
             case "up" | "down" | "ties-up" | "ties-down":
                 grows = (x < 0) if rounding.endswith("down") else ~(x < 0)

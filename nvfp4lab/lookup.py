@@ -81,7 +81,7 @@ class Table:
             if room.amax.max() >= self.limit:
                 beyond = (room.amax >= self.limit).nonzero()[:, 0]
                 of_elements, of_scales[beyond] = quantize_blocks(
-                    piece[beyond].float(), _one(), self.recipe, piece.dtype
+                    piece[beyond].float(), OuterScale.one(), self.recipe, piece.dtype
                 )
                 codes[start + beyond] = pack_nibbles(of_elements.to(torch.uint8))
             _ROOMS.append(room)
@@ -187,7 +187,7 @@ def table_of(recipe: Recipe) -> Table | None:
     if not _applies(recipe):
         return None
     amax = torch.arange(INFINITY, device="cpu")
-    blocks = prepare(_values(amax)[:, None], _one(), recipe, torch.bfloat16)
+    blocks = prepare(_values(amax)[:, None], OuterScale.one(), recipe, torch.bfloat16)
     scale_codes = encode_scale(blocks, recipe)[:, 0]
     met, row = scale_codes.unique(return_inverse=True)
     largest = torch.zeros_like(met, dtype=torch.int64).scatter_reduce_(0, row, amax, "amax")
@@ -258,7 +258,9 @@ def _steps_taken(
     whether codes are regular, a negative's that of its magnitude but for the sign: [n, m]."""
     x, amax = _values(bits), _values(amax)
     positive, negative = (
-        encode_elements(Blocks(signed, amax, amax, _one(), torch.bfloat16), scale_codes, recipe)
+        encode_elements(
+            Blocks(signed, amax, amax, OuterScale.one(), torch.bfloat16), scale_codes, recipe
+        )
         for signed in (x, -x)
     )
     taken = [positive > step for step in range(STEPS)] + [negative >= SIGN]
@@ -268,7 +270,3 @@ def _steps_taken(
 def _values(bits: torch.Tensor) -> torch.Tensor:
     """The BF16 magnitudes with these bits, as float32."""
     return bits.to(torch.int16).view(torch.bfloat16).float()
-
-
-def _one() -> OuterScale:
-    return OuterScale.one(torch.device("cpu"))

@@ -32,9 +32,9 @@ class OuterScale:
     amax: torch.Tensor
 
     @classmethod
-    def one(cls, device: torch.device | None = None) -> OuterScale:
+    def one(cls, device: torch.device | str = "cpu") -> OuterScale:
         """What stands in the formulas where a recipe has no outer scale."""
-        one = torch.ones((), device=device)
+        one = torch.ones((), dtype=torch.float32, device=device)
         return cls(one, one, one)
 
     @classmethod

@@ -205,6 +205,15 @@ def runs_kernels(device_type: str) -> bool:
     return device_type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
+def refuse_capture(device: torch.device) -> None:
+    """Raises: RuntimeError while a CUDA graph is captured, for what copies between CPU and GPU."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "quantize and measure wait for the GPU, which a CUDA graph cannot hold; capture "
+            "nvfp4lab.stage, nvfp4lab.stage_mega_moe_inputs or Quantized.dequantize"
+        )
+
+
 def decode(
     codes: torch.Tensor,
     stored: torch.Tensor,

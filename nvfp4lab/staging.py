@@ -207,7 +207,7 @@ def _on_device(device: torch.device, launch: Callable[[_Buffers], None], buffers
 
 def _launch_seed(buffers: _Buffers) -> None:
     """The user's own launcher, with what it lacks done around it."""
-    from nvfp4lab.kernels import seed
+    from nvfp4lab.kernels import LAUNCHING, seed
 
     top_k = [
         buffers.topk_weights, buffers.topk_ids, buffers.topk_idx_out, buffers.topk_weights_out
@@ -218,9 +218,10 @@ def _launch_seed(buffers: _Buffers) -> None:
     _refuse_offsets_past_32_bits(
         buffers.hidden_states, buffers.x_fp4, buffers.x_sf, weights, ids, idx_out, weights_out
     )
-    seed._stage_deepseek_v4_mega_moe_inputs(
-        buffers.hidden_states, weights, ids, buffers.x_fp4, buffers.x_sf, idx_out, weights_out
-    )
+    with LAUNCHING:
+        seed._stage_deepseek_v4_mega_moe_inputs(
+            buffers.hidden_states, weights, ids, buffers.x_fp4, buffers.x_sf, idx_out, weights_out
+        )
     _mark_padding(buffers)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +60,16 @@ class CaptureFolder:
         }
         fresh = json.loads(json.dumps(fresh))  # what JSON gives back, so that two can be compared
         if (self.path / CAPTURE_FILE).exists():
-            self.state = json.loads((self.path / CAPTURE_FILE).read_text())
-            self._require_same(fresh)
+            self._read_state(fresh)
         elif self.path.is_dir() and {p.name for p in self.path.iterdir()} - {ROWS, PARTIAL}:
             raise ValueError(
                 f"{self.path} is not empty and holds no {CAPTURE_FILE}: expected a new folder, or "
                 "one of a capture to go on with"
             )
-        else:
-            self.state = fresh
-        (self.path / ROWS).mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / ROWS / LOCK)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise RuntimeError(f"{self.path} is being written by another process") from None
+        self._lock = self._locked()
+        self.state = fresh
+        if (self.path / CAPTURE_FILE).exists():  # again: it may have grown until it was ours
+            self._read_state(fresh)
         self._cut_uncommitted()
         self._write_state()
 
@@ -121,10 +117,11 @@ class CaptureFolder:
         """Seal what waits, and give the folder up; it can then be read, or gone on with."""
         if self.state["waiting"]:
             self._seal()
-        self._lock.release()
-        for file in (self.path / ROWS).iterdir():
+        for file in (self.path / ROWS).iterdir():  # the lock too, while it is held
             file.unlink()
-        (self.path / ROWS).rmdir()
+        with suppress(OSError):  # a process that goes on with the capture has made a new lock
+            (self.path / ROWS).rmdir()
+        self._lock.release()
 
     def abandon(self) -> None:
         """Give the folder up as it is: what was committed waits for the capture to go on."""
@@ -170,6 +167,23 @@ class CaptureFolder:
                     f"{file} holds {found} bytes, expected the {size} that were committed"
                 )
             os.truncate(file, size)
+
+    def _locked(self) -> FileLock:
+        rows = self.path / ROWS
+        while True:
+            rows.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(rows / LOCK)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise RuntimeError(f"{self.path} is being written by another process") from None
+            except FileNotFoundError:  # a capture that has just ended took the folder away
+                continue
+            return lock
+
+    def _read_state(self, fresh: dict[str, Any]) -> None:
+        self.state = json.loads((self.path / CAPTURE_FILE).read_text())
+        self._require_same(fresh)
 
     def _require_same(self, fresh: dict[str, Any]) -> None:
         for part in ("settings", "provenance"):

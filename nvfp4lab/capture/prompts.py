@@ -65,4 +65,7 @@ def _pad(sequences: list[list[int]], padding: int) -> dict[str, torch.Tensor]:
     length = max(map(len, sequences))
     ids = [ids + [padding] * (length - len(ids)) for ids in sequences]
     mask = [[1] * len(ids) + [0] * (length - len(ids)) for ids in sequences]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    return {
+        "input_ids": torch.tensor(ids, device="cpu"),
+        "attention_mask": torch.tensor(mask, device="cpu"),
+    }

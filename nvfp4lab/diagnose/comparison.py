@@ -73,8 +73,8 @@ def compare(q_a: Quantized, q_b: Quantized, x: torch.Tensor) -> Comparison:
     block, width = q_b.recipe.scale.block, q_b.scales.shape[-1]
     fmt = q_b.recipe.elements.format
     names = list(CAUSES)
-    scales = torch.zeros(len(names), dtype=torch.int64)
-    codes = torch.zeros(len(names), dtype=torch.int64)
+    scales = torch.zeros(len(names), dtype=torch.int64, device="cpu")
+    codes = torch.zeros(len(names), dtype=torch.int64, device="cpu")
     first: list[dict] = []
     all_codes = [q.element_codes().view(-1, block) for q in (q_a, q_b)]
     for start, stop, values in iter_blocks(x, block):
@@ -164,7 +164,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _outer(q: Quantized, width: int, start: int, stop: int, device) -> torch.Tensor:
-    one = torch.ones((), device=device)
+    one = torch.ones((), dtype=torch.float32, device=device)
     return (one if q.outer is None else outer_of_blocks(q.outer, width, start, stop)).expand(
         stop - start, 1
     )

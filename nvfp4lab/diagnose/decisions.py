@@ -224,7 +224,11 @@ def suggested(output: Output) -> dict[str, tuple]:
     """Numbers that the output itself puts forward, by decision."""
     stored, amax = output.stored[:, 0], output.amax
     outer = output.reading.outer
-    g = torch.ones((1, 1)) if outer is None else outer.decode.reshape(-1, 1)
+    g = (
+        torch.ones((1, 1), dtype=torch.float32, device="cpu")
+        if outer is None
+        else outer.decode.reshape(-1, 1)
+    )
     raw = (amax.view(output.rows, -1) / 6 / g).view(-1)
     finite = amax.isfinite() & (stored <= E4M3.code_of_max)
     found: dict[str, tuple] = {}

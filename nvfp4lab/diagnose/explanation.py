@@ -127,7 +127,9 @@ def _elements(
     x: torch.Tensor, quotient: torch.Tensor, codes: torch.Tensor, row: dict, recipe: Recipe
 ) -> pd.DataFrame:
     fmt = recipe.elements.format
-    steps = torch.tensor(fmt.magnitudes[: fmt.code_of_max + 1])
+    steps = torch.tensor(
+        fmt.magnitudes[: fmt.code_of_max + 1], dtype=torch.float32, device=x.device
+    )
     size = quotient.abs()
     low = torch.searchsorted(steps, size.nan_to_num(0.0, posinf=math.inf), right=True) - 1
     low = low.clamp(0, len(steps) - 1)

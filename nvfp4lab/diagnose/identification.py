@@ -18,7 +18,7 @@ from nvfp4lab import catalogue
 from nvfp4lab.diagnose.decisions import DECISIONS, default_of, plain, suggested
 from nvfp4lab.diagnose.inference import Fit, evidence, named_recipes
 from nvfp4lab.diagnose.leftovers import causes_of, count, counts, near_ties, tells
-from nvfp4lab.diagnose.observed import Observed, Output
+from nvfp4lab.diagnose.observed import Observed, Output, spread
 from nvfp4lab.diagnose.probing import probe
 from nvfp4lab.diagnose.reading import BLOCK, Reading, read
 from nvfp4lab.quantized import DTYPES
@@ -173,7 +173,7 @@ def _checked(x, codes, scales, outer):
         shape = tuple(x.shape)
         raise ValueError(f"x is (..., K), not empty, with K a multiple of {BLOCK}, got {shape}")
     if isinstance(outer, (int, float)):
-        outer = torch.tensor(float(outer))
+        outer = torch.tensor(float(outer), dtype=torch.float32, device="cpu")
     if outer is not None:
         if not isinstance(outer, torch.Tensor) or outer.dtype != torch.float32:
             got = getattr(outer, "dtype", type(outer).__name__)
@@ -199,7 +199,7 @@ def _infer(output: Output) -> Identification:
         more = (scales | (codes > 0)).nonzero()[:, 0]
         if not len(more) or not tells(scales, codes):
             break
-        more = more[torch.linspace(0, len(more) - 1, min(ADDED, len(more))).long()]
+        more = spread(more, ADDED)
         if torch.isin(more, sample).all():
             break
         sample = torch.cat([sample, more]).unique()

@@ -105,7 +105,7 @@ def near_ties(
 def _nearness(output: Output, recipe: Recipe, wrong_codes: torch.Tensor) -> str:
     """How near to ties the codes are that the recipe does not give; empty where some are not next
     to their quotient."""
-    steps = torch.tensor(E2M1.magnitudes[: E2M1.code_of_max + 1], dtype=torch.float64)
+    steps = torch.tensor(E2M1.magnitudes[: E2M1.code_of_max + 1], dtype=torch.float64, device="cpu")
     piece = output.at(wrong_codes.nonzero()[: 1 << 18, 0])
     codes = piece.element_codes(recipe)
     wrong = codes != piece.codes

@@ -131,7 +131,7 @@ class Output:
     def pieces(self) -> Iterator[tuple[int, int, Observed]]:
         """(start, stop, blocks) over all blocks, a chunk at a time."""
         for start, stop, values in iter_blocks(self.x, BLOCK):
-            outer = self._outer(torch.arange(start, stop))
+            outer = self._outer(torch.arange(start, stop, device="cpu"))
             yield (
                 start,
                 stop,
@@ -154,15 +154,15 @@ class Output:
             (amax / 6 < E4M3.smallest_normal) & (amax > 0),
             amax / 6 > 440,
         )
-        found = [_spread(kind.nonzero()[:, 0], rare) for kind in kinds]
-        by_size = amax.argsort() if len(self) <= 1 << 22 else torch.arange(len(self))
-        every = _spread(torch.arange(len(self)), even)
+        found = [spread(kind.nonzero()[:, 0], rare) for kind in kinds]
+        by_size = amax.argsort() if len(self) <= 1 << 22 else torch.arange(len(self), device="cpu")
+        every = spread(torch.arange(len(self), device="cpu"), even)
         return torch.cat([every, by_size[:rare], by_size[-rare:], *found]).unique()
 
     def unexplained(self, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
         """Over all blocks: whether the scale differs from the recipe's, and how many codes do."""
-        scales = torch.zeros(len(self), dtype=torch.bool)
-        codes = torch.zeros(len(self), dtype=torch.uint8)
+        scales = torch.zeros(len(self), dtype=torch.bool, device="cpu")
+        codes = torch.zeros(len(self), dtype=torch.uint8, device="cpu")
         for start, stop, piece in self.pieces():
             wrong_scales, wrong_codes = piece.differences(recipe)
             scales[start:stop], codes[start:stop] = wrong_scales, wrong_codes.sum(-1)
@@ -176,6 +176,8 @@ class Output:
         return True
 
 
-def _spread(index: torch.Tensor, count: int) -> torch.Tensor:
+def spread(index: torch.Tensor, count: int) -> torch.Tensor:
     """At most that many entries, evenly spread."""
-    return index[torch.linspace(0, len(index) - 1, min(count, len(index))).long()]
+    last, many = len(index) - 1, min(count, len(index))
+    places = torch.linspace(0, last, many, dtype=torch.float64, device="cpu")
+    return index[places.long()]

@@ -90,7 +90,7 @@ def read_outer(
     """
     finite = amax.where(amax.isfinite(), LARGEST_BF16)
     of_tensor, of_tokens = finite.amax(), finite.amax(-1, keepdim=True)
-    one = torch.ones(())
+    one = torch.ones((), dtype=torch.float32, device="cpu")
     readings: dict[str, torch.Tensor | None] = {}
     if given is None:
         readings["none"] = None
@@ -233,7 +233,7 @@ def simple_factor(g: torch.Tensor, amax: torch.Tensor, stored: torch.Tensor) -> 
     known = usable(stored, amax) & g.isfinite() & (g > 0)
     if int(known.sum()) < ENOUGH:
         return None
-    steps = torch.tensor(E4M3.magnitudes)
+    steps = torch.tensor(E4M3.magnitudes, dtype=torch.float32, device="cpu")
     code = stored[known].int()
     below, above = (steps[code] + steps[code - 1]) / 2, (steps[code] + steps[code + 1]) / 2
     exact = (amax / 6 / g).expand_as(stored)[known].double()

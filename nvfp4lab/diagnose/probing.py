@@ -39,15 +39,19 @@ def probe(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
     """
     if dtype not in DTYPES:
         raise TypeError(f"a probe is bfloat16, float16 or float32, got {dtype}")
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(ROWS, WIDTH // 16, 16, generator=generator).clamp(-3.9, 3.9)
-    power = torch.randint(-18, 8, (ROWS, WIDTH // 16, 1), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn(
+        ROWS, WIDTH // 16, 16, generator=generator, dtype=torch.float32, device="cpu"
+    ).clamp(-3.9, 3.9)
+    power = torch.randint(-18, 8, (ROWS, WIDTH // 16, 1), generator=generator, device="cpu")
     x = torch.ldexp(noise, power)
     one = _ties(1.0) + _scales(1.0)
     _fill(x[:128], one, first=2688.0)
     _fill(x[128:180], (_ties(3.0) + _scales(3.0))[: 52 * 32])
     _fill(x[180:200], _ties(5.25)[: 20 * 32])
-    x[200:216, :, 0] = 6 * torch.linspace(440, 1100, 16 * WIDTH // 16).view(16, -1)
+    x[200:216, :, 0] = 6 * torch.linspace(
+        440, 1100, 16 * WIDTH // 16, dtype=torch.float32, device="cpu"
+    ).view(16, -1)
     x[216] = 0
     x[217, 0, 0] = LARGEST
     return x.view(ROWS, WIDTH).to(dtype)
@@ -69,7 +73,7 @@ def _scales(g: float) -> list[list[float]]:
     for s in SCALES[:-1]:
         step = 2.0 ** max(-9, math.floor(math.log2(s)) - 3)
         blocks.append([6 * (s + step / 2) * g, 5 * s * g, s * g])
-    for e in torch.linspace(-14, -5, 256).tolist():
+    for e in torch.linspace(-14, -5, 256, dtype=torch.float32, device="cpu").tolist():
         blocks.append([6 * 2.0**e * g, 2.0**e * g, -(2.0**e) / 3 * g, -0.0])
     return [*blocks, *[[], [-0.0], [0.0, -0.0]] * 8]
 
@@ -84,4 +88,4 @@ def _fill(rows: torch.Tensor, blocks: list[list[float]], first: float | None = N
     for i, block in enumerate(blocks[: rows.shape[0] * per_row]):
         row = rows[i // per_row, i % per_row + skip]
         row[:] = 0
-        row[: len(block)] = torch.tensor(block)
+        row[: len(block)] = torch.tensor(block, dtype=torch.float32, device="cpu")

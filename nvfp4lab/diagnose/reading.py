@@ -132,7 +132,7 @@ def read(
 
 def block_amax(x: torch.Tensor) -> torch.Tensor:
     """The largest magnitude of each block, NaN skipped and Inf kept: float32 (T, B)."""
-    amax = torch.empty(x.shape[0] * x.shape[1] // BLOCK)
+    amax = torch.empty(x.shape[0] * x.shape[1] // BLOCK, dtype=torch.float32, device="cpu")
     for start, stop, blocks in iter_blocks(x, BLOCK):
         amax[start:stop] = blocks.abs_().nan_to_num_(nan=0.0, posinf=math.inf).amax(-1)
     return amax.view(x.shape[0], -1)
@@ -187,7 +187,7 @@ def _nibble_orders(
     head = slice(0, ROWS_LOOKED_AT)
     s = E4M3.decode(stored[head]).repeat_interleave(BLOCK, -1)
     missed, right = {}, {}
-    factors = [_row_ratios(stored, amax)[head], torch.ones(())]
+    factors = [_row_ratios(stored, amax)[head], torch.ones((), dtype=torch.float32, device="cpu")]
     if outer is not None:
         given = by_row(outer)
         given = given if given.ndim == 0 else given[head]

@@ -11,3 +11,9 @@ counting.py   launches of errors.py
 seed.py       the user's kernel and launcher, kept as written
 yardstick.py  the same bytes moved and nothing else, which the others are held against
 """
+
+import threading
+
+# Held while a kernel is launched through Triton's JIT. Triton lets a second thread launch a kernel
+# that the first is still loading, and its interpreter keeps the program's number in one place.
+LAUNCHING = threading.RLock()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from nvfp4lab.kernels import errors
+from nvfp4lab.kernels import LAUNCHING, errors
 
 COPIES = 512  # of the totals
 PROGRAMS = 4096  # a launch has about as many, however many rows there are
@@ -78,20 +78,22 @@ def count(piece: Piece, qsnr_edges: torch.Tensor, constants: dict) -> Totals:
     strides = (*piece.x.stride(), int(len(piece.g) > 1))
     channel_runs = triton.cdiv(width, CHANNELS)
     at_once = triton.cdiv(rows * channel_runs, PROGRAMS)
-    errors._count_channels[(channel_runs * triton.cdiv(rows, at_once),)](
-        *vars(piece).values(), totals.channels, totals.counts,
-        channel_runs, rows, at_once, in_row, *strides,
-        SIZE=CHANNELS, COPIES=COPIES, **piece.constants(),
-        CODE_BINS=512 if len(piece.element_values) > 16 else 32,  # one more than there are codes
-        num_warps=4, **NOT_FUSED,
-    )  # fmt: skip
+    with LAUNCHING:
+        errors._count_channels[(channel_runs * triton.cdiv(rows, at_once),)](
+            *vars(piece).values(), totals.channels, totals.counts,
+            channel_runs, rows, at_once, in_row, *strides,
+            SIZE=CHANNELS, COPIES=COPIES, **piece.constants(),
+            CODE_BINS=512 if len(piece.element_values) > 16 else 32,  # one more than codes
+            num_warps=4, **NOT_FUSED,
+        )  # fmt: skip
     at_once = triton.cdiv(rows * runs, PROGRAMS)
     of_blocks = [part for name, part in vars(totals).items() if name != "channels"]
-    errors._count_blocks[(runs * triton.cdiv(rows, at_once),)](
-        *vars(piece).values(), qsnr_edges, *of_blocks, runs, rows, at_once, in_row, *strides,
-        BLOCKS=in_tile, COPIES=COPIES, **piece.constants(), **constants,
-        num_warps=triton.cdiv(in_tile, 32), **NOT_FUSED,
-    )  # fmt: skip
+    with LAUNCHING:
+        errors._count_blocks[(runs * triton.cdiv(rows, at_once),)](
+            *vars(piece).values(), qsnr_edges, *of_blocks, runs, rows, at_once, in_row, *strides,
+            BLOCKS=in_tile, COPIES=COPIES, **piece.constants(), **constants,
+            num_warps=triton.cdiv(in_tile, 32), **NOT_FUSED,
+        )  # fmt: skip
     return totals
 
 
@@ -124,14 +126,15 @@ def describe(piece: Piece, tiles: torch.Tensor) -> tuple[torch.Tensor, ...]:
     shape, device = (len(tiles), in_tile), piece.x.device
     lost = torch.empty(shape, dtype=torch.int32, device=device)
     ee = torch.empty(shape, dtype=torch.float64, device=device)
-    amax = torch.empty(shape, device=device)
-    x = torch.empty(*shape, piece.block, device=device)
-    errors._describe[(len(tiles),)](
-        *vars(piece).values(), tiles, lost, ee, amax, x,
-        runs, in_row, *piece.x.stride(), int(len(piece.g) > 1),
-        BLOCKS=in_tile, **piece.constants(),
-        num_warps=triton.cdiv(in_tile, 32), **NOT_FUSED,
-    )  # fmt: skip
+    amax = torch.empty(shape, dtype=torch.float32, device=device)
+    x = torch.empty(*shape, piece.block, dtype=torch.float32, device=device)
+    with LAUNCHING:
+        errors._describe[(len(tiles),)](
+            *vars(piece).values(), tiles, lost, ee, amax, x,
+            runs, in_row, *piece.x.stride(), int(len(piece.g) > 1),
+            BLOCKS=in_tile, **piece.constants(),
+            num_warps=triton.cdiv(in_tile, 32), **NOT_FUSED,
+        )  # fmt: skip
     block = (tiles % runs)[:, None] * in_tile + torch.arange(in_tile, device=device)
     index = (tiles // runs)[:, None] * in_row + block
     return index.where(block < in_row, -1), lost, ee, amax, x

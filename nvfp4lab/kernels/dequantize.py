@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from nvfp4lab.kernels import LAUNCHING
+
 RUN = 512  # units that a program works on
 WARPS = 4
 LARGEST_GRID_Y = 65535
@@ -137,11 +139,13 @@ def launch(
     rows = 1 if outer is None else outer.numel()
     units = out.numel() // unit // rows
     slabs = triton.cdiv(rows, LARGEST_GRID_Y)
-    _dequantize[(triton.cdiv(units, RUN), triton.cdiv(rows, slabs), slabs)](
-        codes, scales, outer, out, rows, units,
-        BLOCK=block, FORMAT=scale_format, LARGEST=largest,
-        ROWS=outer is not None and outer.ndim > 0,
-        BYTES=unit // 2, ALIGNED=codes.data_ptr() % (unit // 2) == 0,
-        RUN=RUN, INTERPRETED=knobs.runtime.interpret,
-        num_warps=WARPS,  # pyright: ignore[reportCallIssue]  (Triton's own argument)
-    )  # fmt: skip
+    grid = (triton.cdiv(units, RUN), triton.cdiv(rows, slabs), slabs)
+    with LAUNCHING:
+        _dequantize[grid](
+            codes, scales, outer, out, rows, units,
+            BLOCK=block, FORMAT=scale_format, LARGEST=largest,
+            ROWS=outer is not None and outer.ndim > 0,
+            BYTES=unit // 2, ALIGNED=codes.data_ptr() % (unit // 2) == 0,
+            RUN=RUN, INTERPRETED=knobs.runtime.interpret,
+            num_warps=WARPS,  # pyright: ignore[reportCallIssue]  (Triton's own argument)
+        )  # fmt: skip

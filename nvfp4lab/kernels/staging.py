@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from nvfp4lab.kernels import steps
+from nvfp4lab.kernels import LAUNCHING, steps
 from nvfp4lab.kernels.numerics import BF16_INF, power_of_two, token_outer_exponent
 
 BLOCK = 16
@@ -246,7 +246,6 @@ DECISIONS: dict[str, dict[str, object]] = {
 }
 
 
-@functools.cache
 def plan(recipe: str, width: int) -> Plan:
     """One for all numbers of tokens, by the measurements in data/benchmarks/notes.md.
 
@@ -323,7 +322,8 @@ def prepare(
         )  # fmt: skip
         kernel = compiled.get(aligned)
         if kernel is None:
-            compiled[aligned] = _stage[grid](*arguments, **options)  # None in the interpreter
+            with LAUNCHING:
+                compiled[aligned] = _stage[grid](*arguments, **options)  # None in the interpreter
         else:
             kernel[grid](*arguments)
 

@@ -50,7 +50,13 @@ def _worst(piece: Piece, view: _View, last: tuple[int, float] | None) -> dict[st
         index = index[torch.from_numpy(order).to(index.device)]
     in_row = len(ee) // piece.rows
     coded, g = view.stored.dtype == torch.uint8, view.g
-    outer = torch.tensor(math.nan) if g is None else g if g.ndim == 0 else g[index, 0]
+    outer = (
+        torch.tensor(math.nan, dtype=torch.float32, device="cpu")
+        if g is None
+        else g
+        if g.ndim == 0
+        else g[index, 0]
+    )
     return {
         "token": piece.row + index // in_row,
         "block": piece.block + index % in_row,
@@ -120,7 +126,9 @@ def _counts_and_sums(view: _View) -> tuple[dict[str, torch.Tensor], dict[str, to
     of_max = view.ee.gather(-1, view.first_largest[:, None])[:, 0]
     size, nonzero, limit = view.codes.numel(), view.x.count_nonzero(), view.largest_decoded()
     counts = {
-        "nonfinite_input": torch.tensor(0) if view.finite is None else size - view.finite.sum(),
+        "nonfinite_input": torch.tensor(0, device="cpu")
+        if view.finite is None
+        else size - view.finite.sum(),
         "nonfinite_output": view.block_lost.sum(),
         "nonzero": nonzero,
         "flushed": nonzero - view.xq.count_nonzero(),  # no product of two float32 underflows
@@ -128,7 +136,7 @@ def _counts_and_sums(view: _View) -> tuple[dict[str, torch.Tensor], dict[str, to
         "element_codes": torch.bincount(
             view.codes.flatten(), minlength=2**view.recipe.elements.format.bits
         ),
-        "crest_blocks": torch.tensor(len(crest)),
+        "crest_blocks": torch.tensor(len(crest), device="cpu"),
         "crest_counts": _count(bins.crest_bin(crest), bins.CREST_COUNT),
         "amax_blocks": _count(amax_bin, bins.AMAX_COUNT),
         "amax_lost": _sum(amax_bin, view.block_lost, bins.AMAX_COUNT),

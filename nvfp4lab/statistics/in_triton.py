@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from nvfp4lab.kernels import counting
 
 
-@functools.cache
 def takes(recipe: Recipe, device: torch.device) -> bool:
     """Whether the kernels count this recipe's errors there: its block is a power of two."""
     block = recipe.scale.block
@@ -49,7 +48,9 @@ def count(
         x if len(x) == piece.rows else x.view(piece.rows, -1),
         codes,
         stored,
-        torch.ones(1, device=x.device) if g is None else g.reshape(-1).contiguous(),
+        torch.ones(1, dtype=torch.float32, device=x.device)
+        if g is None
+        else g.reshape(-1).contiguous(),
         _values(elements, x.device),
         None if scale is None else _values(scale, x.device),
     )
@@ -137,13 +138,17 @@ def _constants(elements: Format) -> dict:
     }
 
 
+# Made on the CPU: a copy from there is complete when it returns, for every stream of the device.
+
+
 @functools.cache
 def _values(fmt: Format, device: torch.device) -> torch.Tensor:
-    return fmt.decode(torch.arange(2**fmt.bits, device=device).to(torch.uint8))
+    codes = torch.arange(2**fmt.bits, device="cpu").to(torch.uint8)
+    return fmt.decode(codes).to(device)
 
 
 @functools.cache
 def _qsnr_edges(device: torch.device) -> torch.Tensor:
     """`bins.nmse_edges`, filled up with Inf to the 127 that a search in seven steps tells apart."""
-    edges = bins.nmse_edges(device)
-    return torch.nn.functional.pad(edges, (0, 127 - len(edges)), value=math.inf)
+    edges = bins.nmse_edges(torch.device("cpu"))
+    return torch.nn.functional.pad(edges, (0, 127 - len(edges)), value=math.inf).to(device)

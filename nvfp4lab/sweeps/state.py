@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ class Entry:
 class State:
     """The folder of a sweep; without one it remembers nothing. Use as a context manager.
 
-    Raises: RuntimeError if another process is using the folder.
+    While another process uses the folder it can be read: each file is whole. `require_own` is for
+    whoever has something to count.
     """
 
     def __init__(
@@ -95,16 +97,19 @@ class State:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.folder / ".lock")
-            try:
+            with suppress(Timeout):
                 self._lock.acquire(blocking=False)
-            except Timeout:
-                raise RuntimeError(f"{self.folder} is in use by another sweep") from None
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.folder is not None:
             self._save()
             self._lock.release()
+
+    def require_own(self) -> None:
+        """Raises: RuntimeError if another process is using the folder."""
+        if self.folder is not None and not self._lock.is_locked:
+            raise RuntimeError(f"{self.folder} is in use by another sweep")
 
     def load(self, empty: Entry) -> Entry:
         """What is already counted of an entry, or the entry itself.

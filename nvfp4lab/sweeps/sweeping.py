@@ -102,7 +102,8 @@ def sweep(
 
     Raises: TypeError for activations in memory or an executor that is none; ValueError for unknown
     recipes, two of one name, a width that does not fit, a capture that was interrupted, or a state
-    that belongs to other shards or recipes; RuntimeError if the state is in use.
+    that belongs to other shards or recipes; RuntimeError if something is
+    left to count and another sweep uses the state.
 
     >>> from nvfp4lab.records import data_folder
     >>> shard = data_folder() / "smollm2" / "layer00.down_proj_input.safetensors"
@@ -215,7 +216,8 @@ class _Run:
             stop = left[path].tokens
             self.failures += [Failure(path, 0, stop, recipe.name, why) for recipe in recipes]
         known |= {path: value for path, value in found.items() if path not in failed}
-        self.store.save_largest(known)
+        if left:
+            self.store.save_largest(known)
         return known
 
     def count(
@@ -246,6 +248,8 @@ class _Run:
         self, work: Callable, tasks: Iterable[Task], total: int, what: str
     ) -> Iterator[tuple[Task, Any]]:
         """Those of the tasks on the executor, with the bar; total: of their elements."""
+        if total:
+            self.store.require_own()
         self.bar.reset(total)
         self.bar.set_description(what)
         for task, result in outcomes(work, tasks, self.executor, self.in_flight):

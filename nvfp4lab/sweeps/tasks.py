@@ -39,7 +39,7 @@ class Largest(NamedTuple):
 
     def outer(self, recipe: Recipe) -> OuterScale:
         """The scale that the recipe finds for a BF16 tensor in which this is the largest."""
-        stand_in = torch.zeros(3, recipe.scale.block, dtype=torch.bfloat16)
+        stand_in = torch.zeros(3, recipe.scale.block, dtype=torch.bfloat16, device="cpu")
         stand_in[0, 0] = self.amax
         stand_in[1, 0] = math.nan if self.has_nan else 0.0
         stand_in[2, 0] = math.inf if self.has_inf else 0.0

@@ -209,7 +209,8 @@ def _up_to(blocks: Blocks, reach: float, reaches: bool, known: dict[str, Sums]) 
 def _of_zeros(recipe: Recipe) -> Sums:
     """The sums of a block of zeros, by the package's own encoder."""
     block, fmt = recipe.scale.block, recipe.scale.format
-    _, stored = quantize_blocks(torch.zeros(1, block), OuterScale.one(), recipe, torch.float32)
+    zeros = torch.zeros(1, block, dtype=torch.float32, device="cpu")
+    _, stored = quantize_blocks(zeros, OuterScale.one(), recipe, zeros.dtype)
     sums = Sums.zero(recipe.elements.format.code_of_max + 1)
     sums.probability = 1.0
     sums.scales[UNENCODED if fmt is None else int(stored[0])] = 1.0
