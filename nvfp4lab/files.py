@@ -54,7 +54,7 @@ def check(path: str | Path) -> None:
 @contextmanager
 def scratch(parent: str | Path) -> Iterator[Path]:
     """A folder of this process in `parent`, for as long as the block runs."""
-    _clear(Path(parent))
+    clear(Path(parent))
     prefix = f"{SCRATCH}{os.getpid()}-{_MACHINE}-"
     own = tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
     with own as folder:
@@ -70,6 +70,20 @@ def append(path: str | Path, data: bytes | memoryview) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+@cache
+def clear(parent: Path) -> None:
+    """Take away the folders of processes of this machine that are no more, once a process."""
+    if os.name != "posix":  # there no process can be asked for without harm
+        return
+    for folder in parent.glob(f"{SCRATCH}*-{_MACHINE}-*"):
+        try:
+            os.kill(int(folder.name.split("-")[1]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (PermissionError, ValueError):  # another user's; nobody's
+            continue
 
 
 @contextmanager
@@ -99,17 +113,3 @@ def _naming(path: str | Path) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or str(error)
         raise OSError(error.errno or errno.EIO, why, str(path)) from error
-
-
-@cache
-def _clear(parent: Path) -> None:
-    """Take away the folders of processes of this machine that are no more, once a process."""
-    if os.name != "posix":  # there no process can be asked for without harm
-        return
-    for folder in parent.glob(f"{SCRATCH}*-{_MACHINE}-*"):
-        try:
-            os.kill(int(folder.name.split("-")[1]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except (PermissionError, ValueError):  # another user's; nobody's
-            continue

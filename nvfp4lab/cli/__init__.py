@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         command.add(commands)
     args = parser.parse_args(argv)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "60")  # a log gets a sign of life now and then
     try:
         with _terminable():
             code = args.run(args)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nvfp4lab import files
-from nvfp4lab.cli.command import CommandError
+from nvfp4lab.cli.command import CommandError, check_writable
 from nvfp4lab.cli.progress import Progress
 
 REPORT = "report"  # the one notebook that has no number, and no finding of its own
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from nvfp4lab import publish, runs
 
     args.out.mkdir(parents=True, exist_ok=True)
+    check_writable("--out", args.out / "index.html")
     problems: dict[Path, str] = {}
     for path in chosen:
         progress = Progress(path.stem, width=max(len(p.stem) for p in chosen))

@@ -97,6 +97,7 @@ class State:
                 self._lock.acquire(blocking=False)
             except Timeout:
                 raise RuntimeError(f"{self.folder} is in use by another sweep") from None
+            files.clear(self.folder)  # where all is counted, nothing more is written
         return self
 
     def __exit__(self, *_: object) -> None:
