@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from nvfp4lab import files
 
 METADATA_KEY = "nvfp4lab"
 CAPTURE_FILE = "capture.json"
@@ -296,9 +299,15 @@ def _read(path: Path, sha256: str | None) -> tuple[dict[str, torch.Tensor], dict
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> str:
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(about, sort_keys=True)})
-    os.replace(partial, path)
+    metadata = {METADATA_KEY: json.dumps(about, sort_keys=True)}
+    with files.replacing(path) as partial:
+        try:
+            save_file(tensors, partial, metadata=metadata)
+        except SafetensorError as error:  # which hides the system's error in its text
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     return file_sha256(path)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
+from nvfp4lab import files
 from nvfp4lab.statistics import Statistics, bins
 from nvfp4lab.sweeps import Swept, sweep_statistics
 
@@ -250,10 +251,6 @@ def write_report(
     given = {"CAPTURE": paths, "RECIPES": names, "STATE": folder}
     given |= {name.upper(): value for name, value in asdict(limits).items()}
     page = publish.to_html(runs.execute(notebook(), given, on_cell=on_cell))
-    partial = Path(f"{out}.{os.getpid()}.partial")  # of this process: two may write one page
-    try:
+    with files.replacing(out) as partial:
         partial.write_text(page, encoding="utf-8")
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
     return swept

@@ -16,8 +16,8 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,13 @@ from nbformat import NotebookNode
 from PIL import Image
 from traitlets.config import Config
 
+from nvfp4lab import files
+
 _OTHER_PARAMETERS = (
     "A notebook asserts the numbers of its prose, which hold for its own parameters. With others, "
     "take out the assert that stops it."
 )
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that end a run
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -54,6 +57,16 @@ class _ThisInterpreter(AsyncKernelManager):
     def kernel_spec(self) -> KernelSpec:
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         return KernelSpec(argv=argv, display_name="Python 3", language="python")
+
+
+class _Client(NotebookClient):
+    """Calls `on_start` when nbclient has set its signal handlers and the kernel is to start."""
+
+    on_start: Callable[[], None]
+
+    async def async_start_new_kernel(self, **kwargs: Any) -> None:
+        self.on_start()
+        await super().async_start_new_kernel(**kwargs)
 
 
 def execute(
@@ -80,7 +93,7 @@ def execute(
     if parameters:
         _inject(notebook, parameters, path.name)
     total = sum(_runs(cell) for cell in notebook.cells)
-    done, current, interrupted = 0, 0, False
+    done, current, interrupted = 0, 0, None
     report = on_cell or (lambda done, total: None)
 
     def starts(cell: NotebookNode, cell_index: int) -> None:
@@ -92,29 +105,29 @@ def execute(
         done += 1
         report(done, total)
 
-    def interrupt(task: asyncio.Task) -> None:
+    def interrupt(task: asyncio.Task, number: int) -> None:
         nonlocal interrupted
-        interrupted = True
+        interrupted = number
         client.shutdown_kernel = "immediate"
         task.cancel()
 
-    def listen(**_: Any) -> None:
-        """Ctrl-C cancels the run; nbclient's own handler takes the kernel from under it."""
+    def listen() -> None:
+        """A signal cancels the run; nbclient's own handler takes the kernel from under it."""
         task = asyncio.current_task()
         assert task is not None
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             with suppress(RuntimeError, ValueError):  # not the main thread, or Windows
-                asyncio.get_running_loop().add_signal_handler(number, interrupt, task)
+                asyncio.get_running_loop().add_signal_handler(number, interrupt, task, number)
 
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     report(0, total)
-    with tempfile.TemporaryDirectory(prefix="nvfp4lab-") as scratch:
-        connection = {"connection_file": str(Path(scratch, "kernel.json"))}
+    with files.scratch(tempfile.gettempdir()) as scratch, _handlers_kept():
+        connection = {"connection_file": str(scratch / "kernel.json")}
         if os.name == "posix":
             connection["transport"] = "ipc"  # sockets in that folder: no port is opened
-        client = NotebookClient(
+        client = _Client(
             notebook,
             config=Config(ConnectionFileMixin=connection),
             kernel_name="python3",
@@ -122,27 +135,30 @@ def execute(
             timeout=timeout,
             record_timing=False,
             resources={"metadata": {"path": str(path.parent)}},
-            on_notebook_start=listen,
             on_cell_start=starts,
             on_cell_executed=ends,
         )
         search = [str(_PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
         env = os.environ | {
-            "IPYTHONDIR": scratch,
+            "IPYTHONDIR": str(scratch),
             "PYTHONPATH": os.pathsep.join(filter(None, search)),
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences a debugger warning at start
         }
+        client.on_start = listen
         try:
             client.execute(env=env)
-        except Exception as error:
-            if interrupted:
-                raise KeyboardInterrupt from None
-            if not isinstance(error, CellExecutionError | CellTimeoutError | DeadKernelError):
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+            if interrupted is None:
+                _join_streams(notebook)
+                where = f"{path.name}, cell {current} of {len(notebook.cells)}"
+                what = _explain(error, notebook.cells[current - 1], timeout)
+                raise NotebookError(f"{where}: {what}", cell=current, partial=notebook) from None
+        except (Exception, asyncio.CancelledError):  # the latter while the kernel starts
+            if interrupted is None:
                 raise
-            _join_streams(notebook)
-            where = f"{path.name}, cell {current} of {len(notebook.cells)}"
-            what = _explain(error, notebook.cells[current - 1], timeout)
-            raise NotebookError(f"{where}: {what}", cell=current, partial=notebook) from None
+    if interrupted is not None:
+        signal.raise_signal(interrupted)  # now that nothing is left, to whom it was for
+        raise KeyboardInterrupt
     _join_streams(notebook)
     return notebook
 
@@ -210,6 +226,18 @@ def _in_256_colours(picture: str) -> str:
     small = io.BytesIO()
     page.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return base64.b64encode(small.getvalue()).decode()
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Gives the signals that end a run back to whom they were for; asyncio does not."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            with suppress(TypeError, ValueError):  # set outside Python; not the main thread
+                signal.signal(number, handler)
 
 
 def _runs(cell: NotebookNode) -> bool:

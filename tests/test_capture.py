@@ -334,7 +334,11 @@ class Killed(BaseException):
     """Stands for the end of the process; nothing catches it."""
 
 
-STEPS = ("replace", "truncate", "fsync")  # what changes a file for good, in the order of the code
+STEPS = {  # what changes a file for good; to flush takes long, and an end like this needs none
+    "replace": os.replace,
+    "truncate": os.truncate,
+    "fsync": lambda file: None,
+}
 
 
 def capture_until(path: Path, step: int | None, monkeypatch) -> bool:
@@ -344,8 +348,7 @@ def capture_until(path: Path, step: int | None, monkeypatch) -> bool:
     count = itertools.count()
     recorder = None
     with monkeypatch.context() as patch:
-        for name in STEPS:
-            real = getattr(os, name)
+        for name, real in STEPS.items():
 
             def dying(*arguments, real=real):
                 if next(count) == step:

@@ -97,7 +97,11 @@ def test_a_missing_command_is_a_usage_error(capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
-def test_an_interrupt_ends_the_study_quietly(checkout):
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_ends_the_study_quietly(checkout, number, code, said):
     sleeps = v4.new_code_cell("open('started', 'w').close()\nimport time\ntime.sleep(60)")
     nbformat.write(v4.new_notebook(cells=[sleeps]), checkout / "notebooks/01_good.ipynb")
     study = subprocess.Popen(
@@ -110,6 +114,6 @@ def test_an_interrupt_ends_the_study_quietly(checkout):
     while not (checkout / "notebooks/started").exists():
         assert study.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    study.send_signal(signal.SIGINT)
+    study.send_signal(number)
     _, printed = study.communicate(timeout=30)
-    assert (study.returncode, printed) == (130, "\nnvfp4lab: interrupted\n")
+    assert (study.returncode, printed) == (code, f"\nnvfp4lab: {said}\n")

@@ -71,7 +71,7 @@ def test_a_bad_shard_is_named_and_the_rest_written(folder, capsys):
     [
         (["capture", "--recipes", "nvfp5"], "unknown recipe 'nvfp5'; did you mean nvfp4"),
         (["nowhere"], "no shard can be read"),
-        (["capture", "--out", "no/o.csv"], "--out is a file in a folder that is there, got no"),
+        (["capture", "--out", "no/o.csv"], "--out no/o.csv cannot be written: there is no folder "),
         (["capture", "--dask", "tcp://127.0.0.1:1"], "no dask scheduler at tcp://127.0.0.1:1"),
     ],
 )

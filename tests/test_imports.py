@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "nvfp4lab"
 
 # A module imports from earlier layers only, never from its own. A folder counts as one module.
 LAYERS = (
+    {"files"},
     {"kernels", "records", "runs", "publish", "formats", "threads"},
     {"capture", "controls", "rules", "layouts"},
     {"catalogue"},
@@ -36,10 +37,11 @@ LAYERS = (
 # The kernels are an implementation of their own, and a record knows nothing of recipes.
 MAY_IMPORT = {
     "kernels": set(),
-    "records": set(),
-    "capture": {"records"},
+    "files": set(),
+    "records": {"files"},
+    "capture": {"files", "records"},
     "controls": {"records"},
-    "runs": set(),
+    "runs": {"files"},
     "publish": set(),
 }
 DRAWS = {"plots"}

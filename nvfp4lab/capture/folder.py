@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from nvfp4lab import files
 from nvfp4lab.records import CAPTURE_FILE, Activations, file_entry, label_of, save_activations
 
 ROWS, LOCK = "rows", ".lock"
-PARTIAL = f"{CAPTURE_FILE}.partial"
 
 
 class CaptureFolder:
@@ -61,7 +61,7 @@ class CaptureFolder:
         fresh = json.loads(json.dumps(fresh))  # what JSON gives back, so that two can be compared
         if (self.path / CAPTURE_FILE).exists():
             self._read_state(fresh)
-        elif self.path.is_dir() and {p.name for p in self.path.iterdir()} - {ROWS, PARTIAL}:
+        elif self.path.is_dir() and any(not _is_own(p.name) for p in self.path.iterdir()):
             raise ValueError(
                 f"{self.path} is not empty and holds no {CAPTURE_FILE}: expected a new folder, or "
                 "one of a capture to go on with"
@@ -78,7 +78,8 @@ class CaptureFolder:
     ) -> None:
         """Append one pass: for each (layer, site) its columns, CPU tensors [rows, ...].
 
-        All sites have the same number of rows: row i of every site is the same token.
+        All sites have the same number of rows: row i of every site is the same token. An OSError,
+        such as of a full disk, leaves the folder as it was: the same pass may be given again.
 
         Raises: ValueError where they do not, or for other sites, dtypes or widths than before.
         """
@@ -93,35 +94,37 @@ class CaptureFolder:
         if len(rows) > 1:
             raise ValueError(f"expected as many rows at every site, got {sorted(rows)}")
         (count,) = rows
+        changes: dict[str, Any] = {"passes": self.state["passes"] + 1, "tokens_seen": tokens_seen}
         if count:
-            self.state["sites"] = described
             fullest = max(map(row_bytes, described.values()))
             if self.state["waiting"] and (self.state["waiting"] + count) * fullest > (
                 self._shard_bytes
             ):
                 self._seal()
+            self._cut_uncommitted()  # of a shard just sealed, or of a pass that found the disk full
             for label, columns in columns_of.items():
                 for name, tensor in columns.items():
-                    with self._rows_file(label, name).open("ab") as file:
-                        file.write(_raw(tensor))
-                        file.flush()
-                        os.fsync(file.fileno())
-            self.state["waiting"] += count
-            self.state["rows"] += count
-            self.state["bytes"] += count * sum(map(row_bytes, described.values()))
-        self.state["passes"] += 1
-        self.state["tokens_seen"] = tokens_seen
-        self._write_state()
+                    files.append(self._rows_file(label, name), _raw(tensor))
+            changes["sites"] = described
+            for total, added in (
+                ("waiting", count),
+                ("rows", count),
+                ("bytes", count * sum(map(row_bytes, described.values()))),
+            ):
+                changes[total] = self.state[total] + added
+        self._write_state(**changes)
 
     def finish(self) -> None:
         """Seal what waits, and give the folder up; it can then be read, or gone on with."""
-        if self.state["waiting"]:
-            self._seal()
-        for file in (self.path / ROWS).iterdir():  # the lock too, while it is held
-            file.unlink()
-        with suppress(OSError):  # a process that goes on with the capture has made a new lock
-            (self.path / ROWS).rmdir()
-        self._lock.release()
+        try:
+            if self.state["waiting"]:
+                self._seal()
+            for file in (self.path / ROWS).iterdir():  # the lock too, while it is held
+                file.unlink()
+            with suppress(OSError):  # a process that goes on with the capture has made a new lock
+                (self.path / ROWS).rmdir()
+        finally:
+            self._lock.release()
 
     def abandon(self) -> None:
         """Give the folder up as it is: what was committed waits for the capture to go on."""
@@ -144,11 +147,9 @@ class CaptureFolder:
             path = self.path / f"{label}.{self.state['shards']:05d}.safetensors"
             sha256 = save_activations(path, record)
             entries.append(file_entry(path, sha256, record, self.path))
-        self.state["files"] += entries
-        self.state["shards"] += 1
-        self.state["waiting"] = 0
-        self._write_state()
-        self._cut_uncommitted()
+        self._write_state(
+            files=[*self.state["files"], *entries], shards=self.state["shards"] + 1, waiting=0
+        )
 
     def _cut_uncommitted(self) -> None:
         """Rows beyond the committed ones go, and files of sites that were never committed."""
@@ -166,7 +167,8 @@ class CaptureFolder:
                 raise ValueError(
                     f"{file} holds {found} bytes, expected the {size} that were committed"
                 )
-            os.truncate(file, size)
+            if found > size:
+                os.truncate(file, size)
 
     def _locked(self) -> FileLock:
         rows = self.path / ROWS
@@ -196,13 +198,12 @@ class CaptureFolder:
                     "another folder, or the same settings to go on"
                 )
 
-    def _write_state(self) -> None:
-        partial = self.path / PARTIAL
-        with partial.open("w") as file:
-            json.dump(self.state, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path / CAPTURE_FILE)
+    def _write_state(self, **changes: Any) -> None:
+        """What counts from now on: in the file first, so that a full disk changes nothing."""
+        state = self.state | changes
+        with files.replacing(self.path / CAPTURE_FILE) as partial:
+            partial.write_text(json.dumps(state, indent=1))
+        self.state = state
 
     def _rows_file(self, label: str, column: str) -> Path:
         return self.path / ROWS / f"{label}.{column}"
@@ -226,6 +227,11 @@ def folder_of_rank(out: Path, **ranks: tuple[int, int]) -> Path:
     for name, (rank, size) in ranks.items():
         out = out / f"{name}{rank}" if size > 1 else out
     return out
+
+
+def _is_own(name: str) -> bool:
+    """Whether a capture that was killed before its first capture.json may have left it."""
+    return name == ROWS or name.startswith(files.SCRATCH)
 
 
 def column_bytes(dtype: str, width: int | None) -> int:

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from nvfp4lab.cli.command import CommandError
+from nvfp4lab import files
+from nvfp4lab.cli.command import CommandError, check_writable
 
 PARTS = ("staging", "dequantize", "measure", "host", "cpu")
 
@@ -36,10 +37,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the parts, print their tables, write what was asked for."""
     for option in ("out", "plot"):
         path = getattr(args, option)
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise CommandError(f"--{option} is a file in a folder that is there, got {path}")
         if path is not None:
-            _check_writable(option, path)
+            check_writable(f"--{option}", path)
     if args.plot is not None and args.plot.suffix.lower() not in PICTURES:
         raise CommandError(f"--plot ends in {', '.join(PICTURES)}, got {args.plot}")
     from nvfp4lab import benchmarks
@@ -47,27 +46,14 @@ def run(args: argparse.Namespace) -> int:
     settings = benchmarks.QUICK if args.quick else benchmarks.Settings()
     result = benchmarks.run(args.only, settings)
     print(result.table())  # first, lest it be lost with a full disk
-    try:
-        if args.out is not None:
-            args.out.write_text(result.to_json(), encoding="utf-8")
-        if args.plot is not None:
-            _draw(result, args.plot)
-    except OSError as error:
-        raise CommandError(f"{error.filename} cannot be written: {error}") from error
+    if args.out is not None:
+        with files.replacing(args.out) as partial:
+            partial.write_text(result.to_json(), encoding="utf-8")
+    if args.plot is not None:
+        _draw(result, args.plot)
     for failure in result.failed:
         print(f"nvfp4lab: failed: {failure}", file=sys.stderr)
     return 1 if result.failed else 0
-
-
-def _check_writable(option: str, path: Path) -> None:
-    """Before minutes of measuring, not after; a file that is there is left as it is."""
-    was_there = path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise CommandError(f"--{option} {path} cannot be written: {error}") from error
-    if not was_there:
-        path.unlink()
 
 
 def _draw(result, path: Path) -> None:
@@ -93,4 +79,5 @@ def _draw(result, path: Path) -> None:
             ax.label_outer()
             if ax is not grid[0][-1]:
                 ax.get_legend().remove()
-    figure.savefig(path, dpi=144)
+    with files.replacing(path) as partial:
+        figure.savefig(partial, dpi=144)

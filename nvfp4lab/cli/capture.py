@@ -8,7 +8,7 @@ import itertools
 import re
 from pathlib import Path
 
-from nvfp4lab.cli.command import CommandError
+from nvfp4lab.cli.command import CommandError, check_writable
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -62,6 +62,11 @@ def run(args: argparse.Namespace) -> int:
     """Pass by pass into the folder; a pass counts when it is there as a whole."""
     if not args.prompts.is_file():
         raise CommandError(f"no prompts at {args.prompts}")
+
+    from nvfp4lab import records
+
+    there = next(folder for folder in [args.out, *args.out.absolute().parents] if folder.exists())
+    check_writable("--out", there / records.CAPTURE_FILE)  # before a model is loaded for minutes
     try:
         import transformers
     except ImportError:
@@ -70,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from nvfp4lab import capture, records
+    from nvfp4lab import capture
     from nvfp4lab.capture import prompts
 
     try:

@@ -7,7 +7,7 @@ import contextlib
 import sys
 
 from nvfp4lab.cli import shards
-from nvfp4lab.cli.command import CommandError
+from nvfp4lab.cli.command import CommandError, check_writable
 from nvfp4lab.cli.progress import Progress
 
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from nvfp4lab import report, runs
 
     names, state = shards.recipes_of(args), shards.state_of(args)
-    shards.check_out(args.out)
+    check_writable("--out", args.out)
     progress = Progress("page", width=4)
     with contextlib.ExitStack() as stack:
         executor = shards.executor_of(args, stack)
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
             progress.end("FAILED")
             print(f"nvfp4lab: the page could not be made: {error}", file=sys.stderr)
             return 1
-        except (OSError, ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:
             raise CommandError(str(error)) from error
     progress.end("ok")
     print(report.summary(report.verdicts(swept)).to_string(index=False))

@@ -64,19 +64,6 @@ def state_of(args: argparse.Namespace) -> Path:
     return args.state or args.out.with_name(args.out.name + ".statistics")
 
 
-def check_out(out: Path) -> Path:
-    """Refuses a file that could not be written, before hours of work; its partial's path."""
-    if not out.absolute().parent.is_dir() or out.is_dir():
-        raise CommandError(f"--out is a file in a folder that is there, got {out}")
-    partial = out.with_name(out.name + ".partial")
-    try:
-        partial.touch()
-        partial.unlink()
-    except OSError as error:
-        raise CommandError(f"--out {out} cannot be written: {error}") from error
-    return partial
-
-
 def executor_of(args: argparse.Namespace, stack: contextlib.ExitStack):
     """None, or what --workers or --dask ask for, until the stack is left."""
     from nvfp4lab import sweeps

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nvfp4lab.cli.command import CommandError
+from nvfp4lab import files
+from nvfp4lab.cli.command import CommandError, check_writable
 from nvfp4lab.cli.progress import Progress
 
 REPORT = "report"  # the one notebook that has no number, and no finding of its own
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from nvfp4lab import publish, runs
 
     args.out.mkdir(parents=True, exist_ok=True)
+    check_writable("--out", args.out / "index.html")
     problems: dict[Path, str] = {}
     for path in chosen:
         progress = Progress(path.stem, width=max(len(p.stem) for p in chosen))
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
             html = publish.to_html(
                 notebook, folder=path.parent, out=args.out, contents="index.html"
             )
-            page.write_text(html, encoding="utf-8")
+            with files.replacing(page) as partial:
+                partial.write_text(html, encoding="utf-8")
         except ValueError as error:  # not a notebook, or a page that would fetch something
             problems[path] = f"{path.name}: {error}"
         if path in problems:
@@ -69,11 +71,13 @@ def run(args: argparse.Namespace) -> int:
         else:
             if args.in_place:
                 text = nbformat.writes(runs.normalise(notebook)) + "\n"
-                _replace(path, text.encode("utf-8"))
+                with files.replacing(path) as partial:
+                    partial.write_text(text, encoding="utf-8", newline="\n")
                 if path.stem != REPORT and (figure := runs.first_figure(notebook)):
                     images = path.parent / "images"
                     images.mkdir(exist_ok=True)
-                    _replace(images / f"{path.stem}.png", figure)
+                    with files.replacing(images / f"{path.stem}.png") as partial:
+                        partial.write_bytes(figure)
             progress.end("ok")
 
     entries = []
@@ -85,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
             figure = runs.first_figure(notebook)  # as committed
             entries.append(publish.Entry(href, *publish.describe(notebook), problem, figure))
     index = args.out / "index.html"
-    index.write_text(publish.contents_html("nvfp4lab: the study", entries), encoding="utf-8")
+    with files.replacing(index) as partial:
+        contents = publish.contents_html("nvfp4lab: the study", entries)
+        partial.write_text(contents, encoding="utf-8")
     if problems:
         failed = ", ".join(path.stem for path in problems)
         print(
@@ -120,10 +126,3 @@ def _choose(notebooks: list[Path], only: Sequence[str] | None) -> list[Path]:
         have = ", ".join(path.stem for path in notebooks)
         raise CommandError(f"no notebook {', '.join(unknown)}; there are {have}")
     return [path for path in notebooks if path.stem in names or path.stem[:2] in names]
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write the file whole or not at all."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_bytes(content)
-    os.replace(new, path)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 
+from nvfp4lab import files
 from nvfp4lab.cli import shards
-from nvfp4lab.cli.command import CommandError
+from nvfp4lab.cli.command import CommandError, check_writable
 
 SHOWN = ["layer", "site", "recipe", "tokens", "qsnr_db", "gain", "flushed_share", "scale_nan"]
 
@@ -29,19 +29,16 @@ def run(args: argparse.Namespace) -> int:
     from nvfp4lab import sweeps
 
     names, state = shards.recipes_of(args), shards.state_of(args)
-    partial = shards.check_out(args.out)
+    check_writable("--out", args.out)
     with contextlib.ExitStack() as stack:
         executor = shards.executor_of(args, stack)
         try:
             swept = sweeps.sweep_statistics(args.shards, names, executor, state=state)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:
             raise CommandError(str(error)) from error
     frame = swept.to_frame()
-    try:
+    with files.replacing(args.out) as partial:
         frame.to_csv(partial, index=False)
-        os.replace(partial, args.out)
-    except OSError as error:
-        raise CommandError(f"--out {args.out} cannot be written: {error}") from error
     print(frame[SHOWN].round(4).to_string(index=False))
     print(f"{len(frame)} rows in {args.out}, the full statistics in {state}")
     return shards.exit_code(swept)

@@ -7,7 +7,6 @@ blocks are chosen again, all else adds. To save more, see `contents`.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Self
 
 import numpy as np
 
+from nvfp4lab import files
 from nvfp4lab.statistics.contents import CHANNELS, WORST
 from nvfp4lab.statistics.measures import Measures
 
@@ -105,14 +105,9 @@ class Statistics(Measures):
 
     def save(self, path: str | Path, note: str = "") -> None:
         """Write one .npz, whole or not at all. note: any text to keep beside it."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            arrays: dict = {**self._arrays(), "note": np.array(note)}
+        arrays: dict = {**self._arrays(), "note": np.array(note)}
+        with files.replacing(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
+from nvfp4lab import files
 from nvfp4lab.records import label_of
 from nvfp4lab.rules import Recipe
 from nvfp4lab.statistics import Statistics, digest
@@ -29,7 +29,7 @@ from nvfp4lab.sweeps.shards import Failure, Shard
 from nvfp4lab.sweeps.tasks import Largest
 
 SAVE_EVERY = 5.0  # seconds
-LONGEST_NAME = 200  # of a file; file systems end at 255 bytes, and a partial one's is longer
+LONGEST_NAME = 200  # of a file; file systems end at 255 bytes
 
 Key = tuple[int, str, str]  # layer, site, name of the recipe
 
@@ -99,12 +99,16 @@ class State:
             self._lock = FileLock(self.folder / ".lock")
             with suppress(Timeout):
                 self._lock.acquire(blocking=False)
+            if self._lock.is_locked:
+                files.clear(self.folder)  # where all is counted, nothing more is written
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.folder is not None:
-            self._save()
-            self._lock.release()
+            try:
+                self._save()
+            finally:
+                self._lock.release()
 
     def require_own(self) -> None:
         """Raises: RuntimeError if another process is using the folder."""
@@ -171,9 +175,8 @@ class State:
         known = {
             path: self._described(path, largest=list(value)) for path, value in largest.items()
         }
-        partial = self.folder / "largest.json.partial"
-        partial.write_text(json.dumps({"shards": known}))
-        os.replace(partial, self.folder / "largest.json")
+        with files.replacing(self.folder / "largest.json") as partial:
+            partial.write_text(json.dumps({"shards": known}))
 
     def _check(self, path: Path, shard_path: str, known: Mapping[str, Any]) -> None:
         if shard_path in self._unreadable:

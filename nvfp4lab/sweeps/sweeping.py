@@ -160,9 +160,8 @@ def sweep_statistics(
     by_site: dict[tuple[int, str], list[Shard]] = {}
     for shard in sorted(found, key=lambda s: (s.layer, s.site)):  # stable: files keep their order
         by_site.setdefault((shard.layer, shard.site), []).append(shard)
-    options: dict[str, Any] = {"unit": "el", "unit_scale": True, "dynamic_ncols": True}
-    with State(state, found, failures) as store, tqdm(disable=not progress, **options) as bar:
-        run = _Run(executor, rows, in_flight, store, bar, failures)
+    with State(state, found, failures) as store:
+        run = _Run(executor, rows, in_flight, store, progress, failures)
         largest = run.find_largest(found, [r for r in chosen if _per_tensor(r)])
         entries = {
             (label_of(*site), recipe.name): store.load(_empty(site, own, recipe, largest))
@@ -189,7 +188,7 @@ class _Run:
     rows: int | None
     in_flight: int
     store: State
-    bar: tqdm
+    progress: bool
     failures: list[Failure]
 
     def find_largest(self, shards: list[Shard], recipes: list[Recipe]) -> dict[str, Largest]:
@@ -247,14 +246,15 @@ class _Run:
     def _outcomes(
         self, work: Callable, tasks: Iterable[Task], total: int, what: str
     ) -> Iterator[tuple[Task, Any]]:
-        """Those of the tasks on the executor, with the bar; total: of their elements."""
+        """Those of the tasks on the executor, with a bar; total: of their elements."""
         if total:
             self.store.require_own()
-        self.bar.reset(total)
-        self.bar.set_description(what)
-        for task, result in outcomes(work, tasks, self.executor, self.in_flight):
-            yield task, result
-            self.bar.update(task.elements)
+        shown = self.progress and total > 0
+        options: dict[str, Any] = {"unit": "el", "unit_scale": True, "dynamic_ncols": True}
+        with tqdm(total=total, desc=what, disable=not shown, **options) as bar:
+            for task, result in outcomes(work, tasks, self.executor, self.in_flight):
+                yield task, result
+                bar.update(task.elements)
 
 
 def _missing(
