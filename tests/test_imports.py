@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "nvfp4lab"
 
 # A module imports from earlier layers only, never from its own. A folder counts as one module.
 LAYERS = (
+    {"checked_json"},
     {"kernels", "records", "runs", "publish", "formats", "threads"},
     {"capture", "controls", "rules", "layouts"},
     {"catalogue"},
@@ -36,8 +37,8 @@ LAYERS = (
 # The kernels are an implementation of their own, and a record knows nothing of recipes.
 MAY_IMPORT = {
     "kernels": set(),
-    "records": set(),
-    "capture": {"records"},
+    "records": {"checked_json"},
+    "capture": {"records", "checked_json"},
     "controls": {"records"},
     "runs": set(),
     "publish": set(),
