@@ -22,6 +22,8 @@ from typing import Any
 COUNT = range(2**63)  # what an int64 holds, from 0 up
 LONGEST_QUOTE = 80  # characters of what was found, in a message
 
+_NAMES = {str: "a string", float: "a number", int: "a whole number", bool: "true or false"}
+
 
 class either:
     """One of several shapes."""
@@ -110,9 +112,7 @@ def _said(shape: Any) -> str:
         case set():
             return "one of " + ", ".join(sorted(shape))
         case type():
-            return {str: "a string", float: "a number", dict: "an object"}.get(
-                shape, shape.__name__
-            )
+            return _NAMES.get(shape, shape.__name__)
         case None:
             return "null"
         case _:

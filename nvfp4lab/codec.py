@@ -17,6 +17,7 @@ import torch
 
 from nvfp4lab import catalogue, layouts, quantized
 from nvfp4lab.blocks import quantize_blocks
+from nvfp4lab.checks import require_tensor
 from nvfp4lab.lookup import Table, table_of
 from nvfp4lab.outer import OuterScale, outer_from_amax
 from nvfp4lab.quantized import DTYPES, Quantized, chunk_on, spans
@@ -121,10 +122,7 @@ def blocks_of(x: torch.Tensor, block: int, start: int, stop: int) -> torch.Tenso
 
 
 def check_input(x: torch.Tensor, recipe: Recipe, outer, generator) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x is a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x is bfloat16, float16 or float32, got {x.dtype}")
+    require_tensor("x", x, DTYPES)
     if x.ndim == 0 or x.shape[-1] % recipe.scale.block:
         raise ValueError(
             f"x is (..., K) with K a multiple of the block of {recipe.scale.block}, "
@@ -137,6 +135,8 @@ def check_input(x: torch.Tensor, recipe: Recipe, outer, generator) -> None:
     if recipe.outer is None or recipe.outer.per != "tensor":
         has = "an outer scale for each token" if recipe.outer else "no outer scale"
         raise ValueError(f"an outer scale was given, but {recipe.name} has {has}")
+    if isinstance(outer, torch.Tensor):
+        require_tensor("outer", outer)
     scale = torch.as_tensor(outer, dtype=torch.float32)
     if scale.numel() != 1 or not 0 < scale.item() < math.inf:
         raise ValueError(f"outer is one positive finite float32 decode scale, got {outer}")

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "nvfp4lab"
 
 # A module imports from earlier layers only, never from its own. A folder counts as one module.
 LAYERS = (
-    {"checked_json"},
+    {"checked_json", "checks"},
     {"kernels", "records", "runs", "publish", "formats", "threads"},
     {"capture", "controls", "rules", "layouts"},
     {"catalogue"},

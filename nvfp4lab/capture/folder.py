@@ -26,6 +26,7 @@ from nvfp4lab.records import (
     CAPTURE_FILE,
     DTYPES,
     LISTED,
+    REQUIRED,
     Activations,
     file_entry,
     label_of,
@@ -235,11 +236,13 @@ def read_state(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / CAPTURE_FILE
     state = parse(file.read_bytes(), file, STATE)
+    if state["waiting"] and not state["sites"]:
+        raise ValueError(f"{file}: expected the sites of {state['waiting']} waiting rows")
     for label, about in state["sites"].items():
         if not plain_name(label) or label != label_of(about["layer"], about["site"]):
             raise ValueError(f"{file}: expected the label of layer {about['layer']}, got {label!r}")
-        if not about["columns"].keys() >= {"hidden", "positions"}:
-            raise ValueError(f"{file}: {label} has no hidden and positions")
+        if not about["columns"].keys() >= set(REQUIRED):
+            raise ValueError(f"{file}: expected {' and '.join(REQUIRED)} of {label}")
         for name, (dtype, _) in about["columns"].items():
             known = [str(t).removeprefix("torch.") for t in DTYPES.get(name, ())]
             if dtype not in known:

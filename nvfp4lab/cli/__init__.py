@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from nvfp4lab.cli import bench, capture, identify, report, study, sweep
-from nvfp4lab.cli.command import CommandError
+from nvfp4lab.cli.command import CommandError, say
 
 COMMANDS = (study, capture, sweep, report, identify, bench)
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except CommandError as error:
-        print(f"nvfp4lab: {error}", file=sys.stderr)
+        say(f"nvfp4lab: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nnvfp4lab: interrupted", file=sys.stderr)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nvfp4lab.cli.command import CommandError
+from nvfp4lab.cli.command import CommandError, say
 
 PARTS = ("staging", "dequantize", "measure", "host", "cpu")
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = benchmarks.QUICK if args.quick else benchmarks.Settings()
     result = benchmarks.run(args.only, settings)
-    print(result.table())  # first, lest it be lost with a full disk
+    say(result.table())  # first, lest it be lost with a full disk
     try:
         if args.out is not None:
             args.out.write_text(result.to_json(), encoding="utf-8")
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise CommandError(f"{error.filename} cannot be written: {error}") from error
     for failure in result.failed:
-        print(f"nvfp4lab: failed: {failure}", file=sys.stderr)
+        say(f"nvfp4lab: failed: {failure}", sys.stderr)
     return 1 if result.failed else 0
 
 
@@ -81,7 +81,7 @@ def _draw(result, path: Path) -> None:
     frame = result.frame()
     frame = frame[frame["part"] == "staging"]
     if frame.empty:
-        print(f"nvfp4lab: nothing was staged, so there is no {path}", file=sys.stderr)
+        say(f"nvfp4lab: nothing was staged, so there is no {path}", sys.stderr)
         return
     widths, shown = sorted(frame["width"].unique()), ("GB/s", "of_yardstick")
     figure = Figure(figsize=(5.6 * len(widths) + 1.6, 7.2), layout="constrained")

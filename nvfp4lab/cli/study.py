@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nvfp4lab.cli.command import CommandError
+from nvfp4lab.cli.command import CommandError, say
 from nvfp4lab.cli.progress import Progress
 
 REPORT = "report"  # the one notebook that has no number, and no finding of its own
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             problems[path] = f"{path.name}: {error}"
         if path in problems:
             progress.end("FAILED")
-            print(problems[path], file=sys.stderr)
+            say(problems[path], sys.stderr)
         else:
             if args.in_place:
                 text = nbformat.writes(runs.normalise(notebook)) + "\n"
@@ -88,12 +88,12 @@ def run(args: argparse.Namespace) -> int:
     index.write_text(publish.contents_html("nvfp4lab: the study", entries), encoding="utf-8")
     if problems:
         failed = ", ".join(path.stem for path in problems)
-        print(
+        say(
             f"nvfp4lab: {len(problems)} of {len(chosen)} notebooks failed: {failed}",
-            file=sys.stderr,
+            sys.stderr,
         )
         return 1
-    print(f"Open {index}")
+    say(f"Open {index}")
     return 0
 
 

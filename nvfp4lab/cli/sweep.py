@@ -7,7 +7,7 @@ import contextlib
 import os
 
 from nvfp4lab.cli import shards
-from nvfp4lab.cli.command import CommandError
+from nvfp4lab.cli.command import CommandError, say
 
 SHOWN = ["layer", "site", "recipe", "tokens", "qsnr_db", "gain", "flushed_share", "scale_nan"]
 
@@ -42,6 +42,6 @@ def run(args: argparse.Namespace) -> int:
         os.replace(partial, args.out)
     except OSError as error:
         raise CommandError(f"--out {args.out} cannot be written: {error}") from error
-    print(frame[SHOWN].round(4).to_string(index=False))
-    print(f"{len(frame)} rows in {args.out}, the full statistics in {state}")
+    say(frame[SHOWN].round(4).to_string(index=False))
+    say(f"{len(frame)} rows in {args.out}, the full statistics in {state}")
     return shards.exit_code(swept)

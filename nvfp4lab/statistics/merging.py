@@ -142,7 +142,7 @@ class Statistics(Measures):
         except FileNotFoundError:
             raise
         except _DAMAGE as error:
-            raise ValueError(f"{path} is no whole file of statistics: {error}") from error
+            raise ValueError(f"{path} is no whole file of statistics: {error!s:.300}") from error
 
     def _arrays(self) -> dict[str, np.ndarray]:
         """All of it as arrays; the numbers and names are one, JSON, which keeps every bit."""
