@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -87,8 +86,8 @@ def explain_block(
         raise ValueError(f"an outer scale was given, but {recipe.name} has none")
     if outer is not None and not isinstance(outer, (int, float)):
         require_tensor("outer", outer, (torch.float32,))
-    if outer is not None and np.size(outer) != 1:
-        raise ValueError(f"outer is one decode scale, got {np.size(outer)} of them")
+        if outer.numel() != 1:
+            raise ValueError(f"outer is one decode scale, got shape {tuple(outer.shape)}")
     found = codec.find_outer(block[None], recipe, outer)
     found = found.of_blocks(1, 0, 1)
     x = block[None].float()

@@ -155,6 +155,7 @@ class Statistics(Measures):
 
 def _text(file: np.lib.npyio.NpzFile, name: str) -> str:
     """A string that was saved as an array without dimensions."""
+    assert file.zip is not None  # as long as the file is open
     if file.zip.getinfo(f"{name}.npy").file_size > _LARGEST_TEXT:
         raise ValueError(f"{name} has more than {_LARGEST_TEXT} bytes")
     array = file[name]
