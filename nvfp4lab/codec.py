@@ -17,6 +17,7 @@ import torch
 
 from nvfp4lab import catalogue, layouts, quantized
 from nvfp4lab.blocks import quantize_blocks
+from nvfp4lab.checks import require_tensor
 from nvfp4lab.lookup import Table, table_of
 from nvfp4lab.outer import OuterScale, outer_from_amax
 from nvfp4lab.quantized import DTYPES, Quantized, chunk_on, refuse_capture, spans
@@ -123,10 +124,7 @@ def blocks_of(x: torch.Tensor, block: int, start: int, stop: int) -> torch.Tenso
 
 def check_input(x: torch.Tensor, recipe: Recipe, outer, generator) -> None:
     """Raises what `quantize` raises for x, an outer scale or a generator."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x is a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x is bfloat16, float16 or float32, got {x.dtype}")
+    require_tensor("x", x, DTYPES)
     refuse_capture(x.device)
     if x.ndim == 0 or x.shape[-1] % recipe.scale.block:
         raise ValueError(
@@ -140,6 +138,8 @@ def check_input(x: torch.Tensor, recipe: Recipe, outer, generator) -> None:
     if recipe.outer is None or recipe.outer.per != "tensor":
         has = "an outer scale for each token" if recipe.outer else "no outer scale"
         raise ValueError(f"an outer scale was given, but {recipe.name} has {has}")
+    if isinstance(outer, torch.Tensor):
+        require_tensor("outer", outer)
     scale = torch.as_tensor(outer, dtype=torch.float32, device="cpu")
     if scale.numel() != 1 or not 0 < scale.item() < math.inf:
         raise ValueError(f"outer is one positive finite float32 decode scale, got {outer}")

@@ -37,6 +37,8 @@ def control(site: Activations, law: str, *, seed: int = 0) -> Activations:
     >>> control(activations("smollm2")[0], "gauss").label
     'layer00.mlp_input.gauss'
     """
+    if not isinstance(site, Activations):
+        raise TypeError(f"site is Activations, got {type(site).__name__}")
     fitted = fit(site.hidden, law)
     tokens, width = site.hidden.shape
     entropy = [seed, *f"{law} of {site.label}".encode()]

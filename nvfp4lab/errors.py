@@ -18,6 +18,7 @@ import torch
 
 from nvfp4lab import catalogue
 from nvfp4lab.blocks import quantize_blocks
+from nvfp4lab.checks import require_tensor
 from nvfp4lab.codec import check_input, find_outer, quantize
 from nvfp4lab.outer import OuterScale
 from nvfp4lab.quantized import DTYPES, Quantized, chunk_on, refuse_capture
@@ -190,14 +191,12 @@ def _check_order(x: object, q: object) -> None:
     if isinstance(x, Quantized):
         raise TypeError("the tensor comes first, its quantized form second: got them swapped")
     if isinstance(q, torch.Tensor):
-        raise TypeError(f"q is a Quantized or a recipe, got a tensor {tuple(q.shape)}")
+        shape = "nested" if q.is_nested else tuple(q.shape)
+        raise TypeError(f"q is a Quantized or a recipe, got a tensor {shape}")
 
 
 def _check_pair(x: torch.Tensor, q: Quantized) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x is a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x is bfloat16, float16 or float32, got {x.dtype}")
+    require_tensor("x", x, DTYPES)
     if q.shape != x.shape:
         raise ValueError(f"x is {tuple(x.shape)}, its quantized form {tuple(q.shape)}")
     refuse_capture(x.device)
@@ -210,6 +209,8 @@ def scale_histogram(q: Quantized) -> pd.DataFrame:
 
     Raises: ValueError for float32 scales, which have no codes.
     """
+    if not isinstance(q, Quantized):
+        raise TypeError(f"q is a Quantized, got {type(q).__name__}")
     fmt = q.recipe.scale.format
     if fmt is None:
         raise ValueError(f"{q.recipe.name} keeps its scales in float32; they have no bytes")
@@ -283,6 +284,8 @@ def sampled_nmse(frame: pd.DataFrame) -> tuple[float, float]:
 
     Raises: ValueError for a frame without a row.
     """
+    if not isinstance(frame, pd.DataFrame):
+        raise TypeError(f"a frame of block_errors or token_errors, got {type(frame).__name__}")
     if not len(frame):
         raise ValueError("no row, so there is no error and none of its own")
     ee, xx = frame["ee"].to_numpy(), frame["xx"].to_numpy()

@@ -4,7 +4,7 @@ A format is its list of magnitudes. A rounding is a list of thresholds between t
 a value is the number of thresholds that lie below it: every tie rule and direction is the same one
 search over another list. To add a format of 4 or 8 bits, add a constant at the end of this file;
 nothing else needs to know it. To add a rounding, add it to `Rounding` and to `_threshold_table`.
-This module is the bottom of the package and imports none of it.
+This module is the bottom of the package and imports `checks` alone of it.
 
 E2M1 and E8M0 are those of OCP Microscaling Formats 1.0, E4M3 that of OCP FP8 1.0, UE5M3 that of
 arXiv 2601.19026; integers have no fraction bits, where OCP's INT8 has six.
@@ -19,6 +19,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+
+from nvfp4lab.checks import INTEGERS, require_tensor
 
 Rounding = Literal[
     "ties-to-even",
@@ -152,10 +154,13 @@ class Format:
         The last one is the step out of the largest finite value. For `stochastic` they are the
         magnitudes themselves, between which a code is drawn.
         """
+        if not isinstance(rounding, str) or rounding not in get_args(Rounding):
+            raise ValueError(f"{rounding!r} is not one of {', '.join(get_args(Rounding))}")
         return _boundaries(self, _of_magnitudes(rounding))
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """The value of each code, NaN for a NaN code: uint8 -> float32 of the same shape."""
+        require_tensor("codes", codes, INTEGERS)
         return _values(self, codes.device)[codes.int()]
 
     def decode_as_number(self, codes: torch.Tensor) -> torch.Tensor:
@@ -167,6 +172,7 @@ class Format:
 
     def class_of(self, codes: torch.Tensor) -> torch.Tensor:
         """The `CodeClass` of each code: uint8 of any shape -> uint8 of that shape."""
+        require_tensor("codes", codes, INTEGERS)
         return _classes(self, codes.device)[codes.int()]
 
     def by_class(self, of_code: np.ndarray) -> dict[str, Any]:
@@ -174,6 +180,9 @@ class Format:
         largest finite code, which is in no other class), nan.
         """
         kind = _classes(self, torch.device("cpu")).numpy()
+        if not isinstance(of_code, np.ndarray) or of_code.shape != kind.shape:
+            got = getattr(of_code, "shape", type(of_code).__name__)
+            raise ValueError(f"of_code is an array of {len(kind)} counts, got {got}")
         sums = {c.name.lower(): of_code[kind == c].sum() for c in CodeClass}
         largest = of_code[[abs(v) == self.max for v in self.values]].sum()
         return {
@@ -185,11 +194,10 @@ class Format:
         }
 
     def _check(self, x, rounding, subnormals, overflow, generator) -> None:
-        if x.dtype != torch.float32:
-            raise TypeError(f"{self.name}.encode takes float32, got {x.dtype}")
+        require_tensor(f"x of {self.name}.encode", x, (torch.float32,))
         rules = {rounding: Rounding, subnormals: Subnormals, overflow: Overflow}
         for given, choices in rules.items():
-            if given not in get_args(choices):
+            if not isinstance(given, str) or given not in get_args(choices):
                 raise ValueError(f"{given!r} is not one of {', '.join(get_args(choices))}")
         if overflow == "nan" and self.nan_code is None:
             raise ValueError(f"overflow='nan' needs a NaN code; {self.name} has none")

@@ -9,17 +9,29 @@ from __future__ import annotations
 
 import torch
 
+from nvfp4lab.checks import INTEGERS, require_tensor
+
 TILE_ROWS, TILE_COLUMNS = 128, 4
 GGUF_BLOCK, GGUF_SUBBLOCK = 64, 16
 
 
+def require_matrix(name: str, given: torch.Tensor, dtype: torch.dtype) -> None:
+    require_tensor(name, given, (dtype,))
+    if given.ndim != 2:
+        raise ValueError(f"{name} has two dimensions, got shape {tuple(given.shape)}")
+
+
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     """Two 4-bit codes to a byte, the even element low: uint8 (..., K) -> uint8 (..., K // 2)."""
+    require_tensor("codes", codes, INTEGERS, least_ndim=1)
+    if codes.shape[-1] % 2:
+        raise ValueError(f"a byte holds two codes; got {codes.shape[-1]} codes in a row")
     return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     """The inverse of `pack_nibbles`: uint8 (..., K // 2) -> uint8 (..., K)."""
+    require_tensor("packed", packed, INTEGERS, least_ndim=1)
     return torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)
 
 
@@ -30,6 +42,7 @@ def to_words(scales: torch.Tensor) -> torch.Tensor:
 
     Raises: ValueError if B is not a multiple of 4.
     """
+    require_tensor("scales", scales, (torch.uint8,), least_ndim=1)
     if scales.shape[-1] % 4:
         raise ValueError(f"scale words hold 4 blocks; got {scales.shape[-1]} blocks in a row")
     return scales.contiguous().view(torch.int32)  # little-endian, as every target of Triton is
@@ -37,6 +50,7 @@ def to_words(scales: torch.Tensor) -> torch.Tensor:
 
 def from_words(words: torch.Tensor) -> torch.Tensor:
     """The inverse of `to_words`: int32 (..., W) -> uint8 (..., 4 * W)."""
+    require_tensor("words", words, (torch.int32,), least_ndim=1)
     return words.contiguous().view(torch.uint8)
 
 
@@ -47,6 +61,7 @@ def to_tiles(scales: torch.Tensor) -> torch.Tensor:
     scale of (row, column) lies at row % 32 * 16 + row % 128 // 32 * 4 + column % 4; the tiles
     follow each other row-major. The shape says how much there is; the order is that of the bytes.
     """
+    require_matrix("scales", scales, torch.uint8)
     rows, columns = scales.shape
     high, wide = -(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)
     padded = scales.new_zeros(high * TILE_ROWS, wide * TILE_COLUMNS)
@@ -62,6 +77,7 @@ def from_tiles(tiles: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """
     high, wide = -(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)
     expected = high * wide * TILE_ROWS * TILE_COLUMNS
+    require_tensor("tiles", tiles)
     if tiles.numel() != expected:
         raise ValueError(
             f"128x4 tiles for {rows} x {columns} scales have {expected} bytes; got {tiles.numel()}"
@@ -79,6 +95,7 @@ def to_mn_major(scales: torch.Tensor) -> torch.Tensor:
 
     Raises: ValueError if B is not a multiple of 4.
     """
+    require_matrix("scales", scales, torch.uint8)
     words = to_words(scales)
     rows = words.shape[0]
     high = -(-rows // TILE_ROWS)
@@ -92,6 +109,7 @@ def from_mn_major(words: torch.Tensor, rows: int) -> torch.Tensor:
 
     Raises: ValueError if T' is not `rows` rounded up to a multiple of 128.
     """
+    require_tensor("words", words, (torch.int32,))
     high = -(-rows // TILE_ROWS)
     if words.ndim != 2 or words.shape[1] != high * TILE_ROWS:
         raise ValueError(
@@ -110,7 +128,11 @@ def to_gguf(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
     Raises: ValueError if K is not a multiple of 64.
     """
+    require_matrix("codes", codes, torch.uint8)
+    require_matrix("scales", scales, torch.uint8)
     rows, width = codes.shape[0], codes.shape[1] * 2
+    if scales.shape != (rows, width // GGUF_SUBBLOCK):
+        raise ValueError(f"codes {tuple(codes.shape)} do not go with scales {tuple(scales.shape)}")
     if width % GGUF_BLOCK:
         raise ValueError(f"superblocks hold {GGUF_BLOCK} elements; got rows of {width}")
     elements = unpack_nibbles(codes).view(rows, -1, 4, 2, GGUF_SUBBLOCK // 2)
@@ -123,6 +145,7 @@ def from_gguf(blocks: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor
 
     Raises: ValueError if the number of bytes is not that of the superblocks.
     """
+    require_tensor("blocks", blocks, (torch.uint8,))
     expected = rows * width // GGUF_BLOCK * 36
     if width % GGUF_BLOCK or blocks.numel() != expected:
         raise ValueError(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from nvfp4lab import catalogue, layouts
+from nvfp4lab.checks import require_tensor
 from nvfp4lab.formats import E2M1, E4M3, E8M0, UE5M3
 from nvfp4lab.rules import Recipe
 
@@ -166,6 +167,8 @@ class Quantized:
             raise ValueError(f"unknown scale layout {layout!r}; known: {', '.join(SCALE_LAYOUTS)}")
         if outer_is not in ("decode", "encode"):
             raise ValueError(f"outer_is is 'decode' or 'encode', got {outer_is!r}")
+        require_tensor("codes", codes, least_ndim=1)
+        require_tensor("scales", scales)
         codes = _as_bytes(codes, "codes")
         width = codes.shape[-1] * 8 // recipe.elements.format.bits
         if width % recipe.scale.block:
@@ -261,8 +264,7 @@ def _check_outer_buffer(outer, expected: tuple[int, ...], recipe: Recipe) -> tor
         )
     if outer is None or recipe.outer is None:
         return None
-    if outer.dtype != torch.float32:
-        raise TypeError(f"the outer scale is float32, got {outer.dtype}")
+    require_tensor("the outer scale", outer, (torch.float32,))
     shape = () if recipe.outer.per == "tensor" else (*expected[:-1], 1)
     if outer.numel() != math.prod(shape):
         raise ValueError(

@@ -16,8 +16,10 @@ import json
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nvfp4lab import files
+from nvfp4lab.checked_json import parse, plain_name
 
 METADATA_KEY = "nvfp4lab"
 CAPTURE_FILE = "capture.json"
@@ -37,6 +40,11 @@ DTYPES = {
     "topk_weights": (torch.float32,),
 }
 REQUIRED = ("hidden", "positions")
+WEIGHTS = ("gate_up_proj", "down_proj")
+ABOUT = {"layer": range(2**31), "site": str, "provenance": {str: object}}
+LISTED = {"waiting": range(2**63), "files": [{"path": plain_name, "sha256": str}]}
+SET = {"files": [{"path": str, "sha256": str}], "weights": {"path": str, "sha256": str}}
+LONGEST_LIST = 20  # names in a message
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,8 +138,10 @@ def expert_weights(name: str) -> ExpertWeights:
     """
     entry = _shipped(name)["weights"]
     path = data_folder() / entry["path"]
-    tensors, metadata = _read(path, entry["sha256"])
-    about = _read_metadata(path, metadata)
+    _check_digest(path, entry["sha256"])
+    with open_safetensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in WEIGHTS}
+        about = _read_metadata(path, file.metadata() or {})
     return ExpertWeights(**tensors, layer=about["layer"], provenance=about["provenance"])
 
 
@@ -144,14 +154,17 @@ def load_activations(
     sha256: True checks every file against capture.json; a mapping gives the digest of each file
     name, and then a file that it does not name is not accepted, nor one that it names missed.
 
+    A file that is cut short after it was loaded ends the process when lost rows are used (SIGBUS),
+    as of anything mapped; so nothing here writes into a file that is there.
+
     Raises: ValueError for anything that is not a whole, well-formed record, or for a capture that
-    was interrupted and has rows in no shard; FileNotFoundError.
+    was interrupted and has rows in no shard; FileNotFoundError; OSError for what cannot be a path.
 
     >>> [site.label for site in load_activations(data_folder() / "smollm2")][:2]
     ['layer00.down_proj_input', 'layer00.mlp_input']
     """
     path = Path(path)
-    files = record_files(path)
+    paths = record_files(path)
     folder = path if path.is_dir() else path.parent
     listed = _listed(folder)
     if sha256 is True:
@@ -159,12 +172,12 @@ def load_activations(
             raise ValueError(f"{folder} has no {CAPTURE_FILE} to check sha256 against")
         sha256 = listed
     if not sha256 and not isinstance(sha256, Mapping):
-        return tuple(_load(file, None) for file in files)
-    if unnamed := [f.name for f in files if f.name not in sha256]:
+        return tuple(_load(file, None) for file in paths)
+    if unnamed := [f.name for f in paths if f.name not in sha256]:
         raise ValueError(f"{path}: no sha256 was given for {', '.join(unnamed)}")
-    if path.is_dir() and (lost := sorted(sha256.keys() - {f.name for f in files})):
+    if path.is_dir() and (lost := sorted(sha256.keys() - {f.name for f in paths})):
         raise ValueError(f"{path} lacks {', '.join(lost)}, whose sha256 was given")
-    return tuple(_load(file, sha256[file.name]) for file in files)
+    return tuple(_load(file, sha256[file.name]) for file in paths)
 
 
 def record_files(path: str | Path) -> list[Path]:
@@ -197,8 +210,10 @@ def save_activations(path: str | Path, record: Activations) -> str:
     path = Path(path)
     tensors = {name: getattr(record, name) for name in DTYPES}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
+    _check_names(path, tensors)
     _check_tensors(path, tensors)
     about = {"layer": record.layer, "site": record.site, "provenance": dict(record.provenance)}
+    _read_metadata(path, {METADATA_KEY: json.dumps(about)})
     return _write(path, tensors, about)
 
 
@@ -238,14 +253,15 @@ def file_sha256(path: Path) -> str:
 def _holds_weights(path: Path) -> bool:
     """Whether it is a file of `save_expert_weights`; a damaged one is not."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys()) == {"gate_up_proj", "down_proj"}
-    except (SafetensorError, OSError, struct.error):
+        with open_safetensors(path) as file:
+            return set(file.keys()) == set(WEIGHTS)
+    except ValueError:
         return False
 
 
 def _shipped(name: str) -> dict[str, Any]:
-    sets = json.loads((data_folder() / "manifest.json").read_text())
+    manifest = data_folder() / "manifest.json"
+    sets = parse(manifest.read_bytes(), manifest, {str: SET})
     if name not in sets:
         near = difflib.get_close_matches(str(name), sets, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -260,13 +276,10 @@ def _listed(folder: Path) -> dict[str, str] | None:
     file = folder / CAPTURE_FILE
     if not file.is_file():
         return None
-    try:
-        state = json.loads(file.read_text())
-        waiting, listed = state["waiting"], {f["path"]: f["sha256"] for f in state["files"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is no capture's: expected JSON with files and waiting") from error
-    if outside := [name for name in listed if Path(name).name != name]:
-        raise ValueError(f"{file} names files outside its folder: {', '.join(outside)}")
+    state = parse(file.read_bytes(), file, LISTED)
+    waiting, listed = state["waiting"], {f["path"]: f["sha256"] for f in state["files"]}
+    if len(listed) < len(state["files"]):
+        raise ValueError(f"{file} names a file twice, so its rows would count twice")
     if waiting:
         raise ValueError(
             f"{folder} is a capture that was interrupted: {waiting} rows are in no shard yet; run "
@@ -275,27 +288,47 @@ def _listed(folder: Path) -> dict[str, str] | None:
     return listed
 
 
-def _load(path: Path, sha256: str | None) -> Activations:
-    tensors, metadata = _read(path, sha256)
-    _check_tensors(path, tensors)
-    return Activations(**tensors, **_read_metadata(path, metadata))
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[safe_open]:
+    """The file, mapped; its tensors outlive it.
 
-
-def _read(path: Path, sha256: str | None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, mapped, and its metadata."""
-    if not path.is_file():
+    Raises: ValueError that names it, for anything but a whole safetensors file.
+    """
+    if not path.exists():
         raise ValueError(f"{path} is missing")
-    if sha256 is not None and (found := file_sha256(path)) != sha256:
-        raise ValueError(f"{path} was altered: its sha256 is {found}, expected {sha256}")
+    if not path.is_file():  # to open a pipe would wait for ever
+        raise ValueError(f"{path} is no regular file, expected a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError, struct.error) as error:
         raise ValueError(
             f"{path} is no whole safetensors file: expected a header and every byte it names, "
             f"found {path.stat().st_size} bytes: {error}"
         ) from error
+
+
+def named(names: Iterable[str]) -> str:
+    """The names of a file's tensors for a message: the first of them, and nothing unprintable."""
+    first = [name if name.isprintable() else repr(name) for name in islice(names, LONGEST_LIST + 1)]
+    return ", ".join([*first[:LONGEST_LIST], *["..."] * (len(first) > LONGEST_LIST)])
+
+
+def _load(path: Path, sha256: str | None) -> Activations:
+    _check_digest(path, sha256)
+    with open_safetensors(path) as file:
+        _check_names(path, file.keys())  # before a million others are taken for tensors
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = _read_metadata(path, file.metadata() or {})
+    _check_tensors(path, tensors)
+    return Activations(**tensors, **about)
+
+
+def _check_digest(path: Path, sha256: str | None) -> None:
+    if sha256 is None or not path.is_file():  # which `open_safetensors` refuses
+        return
+    if (found := file_sha256(path)) != sha256:
+        raise ValueError(f"{path} was altered: its sha256 is {found}, expected {sha256}")
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> str:
@@ -312,31 +345,31 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) 
 
 
 def _read_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    try:
-        about = json.loads(metadata[METADATA_KEY])
-        layer, site, provenance = about["layer"], about["site"], about["provenance"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    if METADATA_KEY not in metadata:
         raise ValueError(
             f"{path} lacks its metadata: expected the entry {METADATA_KEY!r}, JSON with layer, "
-            f"site and provenance; found {sorted(metadata)}"
-        ) from error
-    if type(layer) is not int or not isinstance(site, str) or not isinstance(provenance, dict):
-        raise ValueError(
-            f"{path}: expected an integer layer, a string site and a provenance object; "
-            f"found {layer!r}, {site!r}, {type(provenance).__name__}"
+            f"site and provenance; found [{named(metadata)}]"
         )
-    return {"layer": layer, "site": site, "provenance": provenance}
+    about = parse(metadata[METADATA_KEY], f"{path}, metadata {METADATA_KEY!r}", ABOUT)
+    return {name: about[name] for name in ABOUT}
+
+
+def _check_names(path: Path, names: Iterable[str]) -> None:
+    names = set(names)
+    if missing := [name for name in REQUIRED if name not in names]:
+        raise ValueError(
+            f"{path}: expected the keys {', '.join(REQUIRED)}, without {', '.join(missing)} it is "
+            f"no record; found {named(names)}"
+        )
+    if unknown := sorted(names - DTYPES.keys()):
+        raise ValueError(f"{path}: expected no keys but {', '.join(DTYPES)}, not {named(unknown)}")
 
 
 def _check_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     def refuse(expected: str) -> None:
-        found = {name: f"{t.dtype} {tuple(t.shape)}" for name, t in tensors.items()}
+        found = {name: f"{t.dtype} {_shape(t)}" for name, t in tensors.items()}
         raise ValueError(f"{path}: expected {expected}; found {found}")
 
-    if missing := [name for name in REQUIRED if name not in tensors]:
-        refuse(f"the keys {', '.join(REQUIRED)}, without {', '.join(missing)} it is no record")
-    if unknown := [name for name in tensors if name not in DTYPES]:
-        refuse(f"no keys but {', '.join(DTYPES)}, not {', '.join(unknown)}")
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES[name]:
             refuse(f"{name} of dtype {' or '.join(map(str, DTYPES[name]))}")
@@ -352,3 +385,7 @@ def _check_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         refuse("topk_ids and topk_weights [T, k]")
     elif ids.numel() and int(ids.min()) < NO_EXPERT:
         refuse(f"expert ids of {NO_EXPERT} or more, the smallest is {int(ids.min())}")
+
+
+def _shape(tensor: torch.Tensor) -> object:
+    return tuple(tensor.shape) if tensor.ndim < 9 else f"of {tensor.ndim} dimensions"

@@ -270,7 +270,7 @@ def test_subnormal_rules_of_e4m3(x, subnormals, code):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"x": torch.ones(1).half()}, TypeError, "E2M1.encode takes float32, got torch.float16"),
+        ({"x": torch.ones(1).half()}, TypeError, "x of E2M1.encode is float32, got torch.float16"),
         ({"rounding": "nearest"}, ValueError, "'nearest' is not one of ties-to-even"),
         ({"overflow": "nan"}, ValueError, "needs a NaN code; E2M1 has none"),
         ({"generator": torch.Generator()}, ValueError, "a generator is for rounding='stochastic'"),

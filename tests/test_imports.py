@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "nvfp4lab"
 
 # A module imports from earlier layers only, never from its own. A folder counts as one module.
 LAYERS = (
-    {"files"},
+    {"files", "checked_json", "checks"},
     {"kernels", "records", "runs", "publish", "formats", "threads"},
     {"capture", "controls", "rules", "layouts"},
     {"catalogue"},
@@ -38,8 +38,10 @@ LAYERS = (
 MAY_IMPORT = {
     "kernels": set(),
     "files": set(),
-    "records": {"files"},
-    "capture": {"files", "records"},
+    "checked_json": set(),
+    "checks": set(),
+    "records": {"files", "checked_json"},
+    "capture": {"files", "records", "checked_json"},
     "controls": {"records"},
     "runs": {"files"},
     "publish": set(),

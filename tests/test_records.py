@@ -154,12 +154,15 @@ def tensors() -> dict[str, torch.Tensor]:
     ("metadata", "message"),
     [
         (None, r"lacks its metadata: expected the entry 'nvfp4lab', .* found \[\]"),
-        ({METADATA_KEY: "{"}, "lacks its metadata"),
-        ({METADATA_KEY: "[]"}, "lacks its metadata"),
-        ({METADATA_KEY: json.dumps({"layer": 1, "site": "a"})}, "lacks its metadata"),
+        ({METADATA_KEY: "{"}, "metadata 'nvfp4lab': expected JSON"),
+        ({METADATA_KEY: "[]"}, r"expected an object with layer, site, provenance, found \[\]"),
+        (
+            {METADATA_KEY: json.dumps({"layer": 1, "site": "a"})},
+            "expected an object with layer, site, provenance, found {'layer': 1, 'site': 'a'}",
+        ),
         (
             {METADATA_KEY: json.dumps({"layer": "1", "site": "a", "provenance": {}})},
-            "expected an integer layer, .* found '1', 'a', dict",
+            r"expected a whole number from 0 to 2147483647 at \['layer'\], found '1'",
         ),
     ],
 )

@@ -16,11 +16,28 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from nvfp4lab.checked_json import COUNT, magnitude, parse
+
 # What the second ratio of each part is called; it is against the fastest sample whose role is
 # "reference": the user's kernel, the same in torch eager, the fastest installed package.
 OF_REFERENCE = {"staging": "of_seed", "measure": "of_eager", "cpu": "of_peer"}
 DIGITS = {"GB/s": 0, "of_yardstick": 3}
 SHOWN = ["name", "tokens", "width", "us", "spread_us", "GB/s", "of_yardstick"]
+FILE = {
+    "machine": {str: object},
+    "settings": {str: object},
+    "samples": [
+        {
+            **dict.fromkeys(("part", "name", "note", "group"), str),
+            **dict.fromkeys(("tokens", "width", "bytes"), COUNT),
+            "runs_us": [magnitude],
+            "role": {"yardstick", "reference", "measured"},
+        }
+    ],
+    "sweep": [{str: object}],
+    "left_out": [str],
+    "failed": [str],
+}
 KEYS = ("part", "name", "tokens", "width", "runs_us", "bytes", "role", "note", "group")
 
 
@@ -132,23 +149,19 @@ class Result:
     @classmethod
     def load(cls, path: str | Path) -> Result:
         """What `to_json` wrote. Raises: ValueError if a file is none."""
-        try:
-            given = json.loads(Path(path).read_text(encoding="utf-8"))
-            samples = []
-            for entry in given["samples"]:
-                kept: dict[str, Any] = {key: entry[key] for key in KEYS}
-                kept["runs_us"] = tuple(kept["runs_us"])
-                samples.append(Sample(**kept))
-            return cls(
-                given["machine"],
-                given["settings"],
-                tuple(samples),
-                tuple(given["sweep"]),
-                tuple(given["left_out"]),
-                tuple(given["failed"]),
-            )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no benchmark result: {error!r}") from error
+        where = f"{path} is no benchmark result"
+        given = parse(Path(path).read_bytes(), where, FILE)
+        samples = [{key: entry[key] for key in KEYS} for entry in given["samples"]]
+        if not all(entry["runs_us"] and min(entry["runs_us"]) > 0 for entry in samples):
+            raise ValueError(f"{where}: a sample has one run or more, each above 0 us")
+        return cls(
+            given["machine"],
+            given["settings"],
+            tuple(Sample(**entry | {"runs_us": tuple(entry["runs_us"])}) for entry in samples),
+            tuple(given["sweep"]),
+            tuple(given["left_out"]),
+            tuple(given["failed"]),
+        )
 
 
 def _cell(row: dict[str, Any], column: str) -> str:

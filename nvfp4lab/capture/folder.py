@@ -22,9 +22,33 @@ import torch
 from filelock import FileLock, Timeout
 
 from nvfp4lab import files
-from nvfp4lab.records import CAPTURE_FILE, Activations, file_entry, label_of, save_activations
+from nvfp4lab.checked_json import COUNT, either, parse, plain_name
+from nvfp4lab.records import (
+    ABOUT,
+    CAPTURE_FILE,
+    DTYPES,
+    LISTED,
+    REQUIRED,
+    Activations,
+    file_entry,
+    label_of,
+    save_activations,
+)
 
 ROWS, LOCK = "rows", ".lock"
+COUNTS = ("shards", "waiting", "rows", "bytes", "passes", "tokens_seen")
+SITE = {
+    "layer": ABOUT["layer"],
+    "site": str,
+    "columns": {str: (str, either(None, COUNT))},  # name -> dtype, width
+}
+STATE = {
+    "provenance": {str: object},
+    "settings": {str: object},
+    "sites": {str: SITE},
+    **dict.fromkeys(COUNTS, COUNT),
+    "files": LISTED["files"],
+}
 
 
 class CaptureFolder:
@@ -66,6 +90,7 @@ class CaptureFolder:
                 f"{self.path} is not empty and holds no {CAPTURE_FILE}: expected a new folder, or "
                 "one of a capture to go on with"
             )
+        _refuse_links(self.path / ROWS)
         self._lock = self._locked()
         self.state = fresh
         if (self.path / CAPTURE_FILE).exists():  # again: it may have grown until it was ours
@@ -184,7 +209,7 @@ class CaptureFolder:
             return lock
 
     def _read_state(self, fresh: dict[str, Any]) -> None:
-        self.state = json.loads((self.path / CAPTURE_FILE).read_text())
+        self.state = read_state(self.path)
         self._require_same(fresh)
 
     def _require_same(self, fresh: dict[str, Any]) -> None:
@@ -217,8 +242,40 @@ def seal(path: str | Path) -> None:
     file = Path(path) / CAPTURE_FILE
     if not file.is_file():
         raise ValueError(f"{path} is no capture: expected a {CAPTURE_FILE} in it")
-    state = json.loads(file.read_text())
+    state = read_state(path)
     CaptureFolder(path, state["provenance"], state["settings"], shard_bytes=1).finish()
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The capture.json of a folder, of which every name that becomes a file's stays in the folder.
+
+    Raises: ValueError for what `CaptureFolder` has not written.
+    """
+    file = Path(path) / CAPTURE_FILE
+    state = parse(file.read_bytes(), file, STATE)
+    if state["waiting"] and not state["sites"]:
+        raise ValueError(f"{file}: expected the sites of {state['waiting']} waiting rows")
+    for label, about in state["sites"].items():
+        if not plain_name(label) or label != label_of(about["layer"], about["site"]):
+            raise ValueError(f"{file}: expected the label of layer {about['layer']}, got {label!r}")
+        if not about["columns"].keys() >= set(REQUIRED):
+            raise ValueError(f"{file}: expected {' and '.join(REQUIRED)} of {label}")
+        for name, (dtype, _) in about["columns"].items():
+            known = [str(t).removeprefix("torch.") for t in DTYPES.get(name, ())]
+            if dtype not in known:
+                raise ValueError(
+                    f"{file}: {label}: expected columns {', '.join(DTYPES)} with their dtypes, "
+                    f"found {name!r} of {dtype!r}"
+                )
+    return state
+
+
+def _refuse_links(rows: Path) -> None:
+    """Files of rows are cut and removed: a link would have that done to another file."""
+    entries = [rows, *rows.iterdir()] if rows.is_dir() else [rows]
+    for entry in entries:
+        if entry.is_symlink() or (entry.exists() and entry != rows and not entry.is_file()):
+            raise ValueError(f"{entry} is a link or no file, expected rows of this capture")
 
 
 def folder_of_rank(out: Path, **ranks: tuple[int, int]) -> Path:

@@ -6,12 +6,15 @@ place again by counting them. To read another kind of prompt file, change `read_
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from nvfp4lab.checked_json import either, parse
+
+PROMPT = either({"text": str}, {"messages": [{str: object}]})
 
 
 def read_prompts(path: str | Path, tokenizer: Any) -> Iterator[str]:
@@ -21,22 +24,27 @@ def read_prompts(path: str | Path, tokenizer: Any) -> Iterator[str]:
     Raises: ValueError with the line's number for a line that has neither.
     """
     path = Path(path)
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            where = f"{path}, line {number}"
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: expected UTF-8; {error}") from error
+            if not text.strip():
                 continue
             if path.suffix != ".jsonl":
-                yield line.rstrip("\n")
+                yield text.rstrip("\r\n")
+                continue
+            prompt = parse(text, where, PROMPT)
+            if "messages" not in prompt:
+                yield prompt["text"]
                 continue
             try:
-                prompt = json.loads(line)
-                if "messages" in prompt:
-                    yield tokenizer.apply_chat_template(prompt["messages"], tokenize=False)
-                else:
-                    yield prompt["text"]
-            except (KeyError, TypeError, json.JSONDecodeError) as error:
+                yield tokenizer.apply_chat_template(prompt["messages"], tokenize=False)
+            except Exception as error:  # whatever the model's own template says to them
                 raise ValueError(
-                    f'{path}, line {number}: expected a JSON object with "text" or "messages"'
+                    f"{where}: the chat template refuses its messages: {error}"
                 ) from error
 
 

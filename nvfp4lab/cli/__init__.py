@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from nvfp4lab.cli import bench, capture, identify, report, study, sweep
-from nvfp4lab.cli.command import CommandError
+from nvfp4lab.cli.command import CommandError, say
 
 COMMANDS = (study, capture, sweep, report, identify, bench)
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except CommandError as error:
-        print(f"nvfp4lab: {error}", file=sys.stderr)
+        say(f"nvfp4lab: {error}", sys.stderr)
         return 2
     except OSError as error:
         if error.filename is not None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from nvfp4lab import files
-from nvfp4lab.cli.command import CommandError, check_writable
+from nvfp4lab.cli.command import CommandError, check_writable, say
 
 PARTS = ("staging", "dequantize", "measure", "host", "cpu")
 
@@ -45,14 +45,14 @@ def run(args: argparse.Namespace) -> int:
 
     settings = benchmarks.QUICK if args.quick else benchmarks.Settings()
     result = benchmarks.run(args.only, settings)
-    print(result.table())  # first, lest it be lost with a full disk
+    say(result.table())  # first, lest it be lost with a full disk
     if args.out is not None:
         with files.replacing(args.out) as partial:
             partial.write_text(result.to_json(), encoding="utf-8")
     if args.plot is not None:
         _draw(result, args.plot)
     for failure in result.failed:
-        print(f"nvfp4lab: failed: {failure}", file=sys.stderr)
+        say(f"nvfp4lab: failed: {failure}", sys.stderr)
     return 1 if result.failed else 0
 
 
@@ -67,7 +67,7 @@ def _draw(result, path: Path) -> None:
     frame = result.frame()
     frame = frame[frame["part"] == "staging"]
     if frame.empty:
-        print(f"nvfp4lab: nothing was staged, so there is no {path}", file=sys.stderr)
+        say(f"nvfp4lab: nothing was staged, so there is no {path}", sys.stderr)
         return
     widths, shown = sorted(frame["width"].unique()), ("GB/s", "of_yardstick")
     figure = Figure(figsize=(5.6 * len(widths) + 1.6, 7.2), layout="constrained")

@@ -6,9 +6,10 @@ import argparse
 import contextlib
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from nvfp4lab.cli.command import CommandError, check_writable
+from nvfp4lab.cli.command import CommandError, check_writable, say
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -121,16 +122,24 @@ def run(args: argparse.Namespace) -> int:
         done = recorder.passes
         texts = prompts.read_prompts(args.prompts, tokenizer)
         passes = prompts.batches(texts, tokenizer, args.batch, args.max_length)
-        for batch in itertools.islice(passes, done, None):
+        for batch in itertools.islice(_readable(passes), done, None):
             if recorder.full:
                 break
             model(**{name: ids.to(model.device) for name, ids in batch.items()}, use_cache=False)
             bar.update(recorder.rows - bar.n)
-    print(f"{recorder.rows} tokens, {recorder.bytes / 1e9:.3f} GB in {args.out}")
+    say(f"{recorder.rows} tokens, {recorder.bytes / 1e9:.3f} GB in {args.out}")
     if args.tokens is not None and recorder.rows < args.tokens:
         why = "the byte budget is used up" if recorder.full else "the prompts have no more"
-        print(f"fewer than the {args.tokens} asked for: {why}")
+        say(f"fewer than the {args.tokens} asked for: {why}")
     return 0
+
+
+def _readable(passes: Iterator[dict]) -> Iterator[dict]:
+    """The same, with a line of the prompts that cannot be read as the user's error."""
+    try:
+        yield from passes
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def _layer_numbers(text: str) -> list[int]:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nvfp4lab.cli.command import CommandError
+from nvfp4lab.cli.command import CommandError, say
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -33,24 +33,22 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the verdict on one kernel's output."""
-    from safetensors import SafetensorError, safe_open
-
     from nvfp4lab import diagnose
+    from nvfp4lab.records import named, open_safetensors
 
     def read(path: Path, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict:
         try:
-            with safe_open(path, "pt") as file:
-                if missing := [key for key in required if key not in file.keys()]:  # noqa: SIM118
-                    there = ", ".join(file.keys())
+            with open_safetensors(path) as file:
+                keys = set(file.keys())
+                if missing := [key for key in required if key not in keys]:
+                    there = named(sorted(keys))
                     raise CommandError(f"{path} has no {' and no '.join(missing)}; it has {there}")
-                there = [*required, *(key for key in optional if key in file.keys())]  # noqa: SIM118
-                if unread := sorted(set(file.keys()) - {*required, *optional}):
-                    print(f"nvfp4lab: {path}: not read: {', '.join(unread)}", file=sys.stderr)
-                return {key: file.get_tensor(key) for key in there}
-        except (OSError, SafetensorError) as error:
-            raise CommandError(
-                f"{path} is no safetensors file that can be read: {error}"
-            ) from error
+                if unread := sorted(keys - {*required, *optional}):
+                    say(f"nvfp4lab: {path}: not read: {named(unread)}", sys.stderr)
+                chosen = [*required, *(key for key in optional if key in keys)]
+                return {key: file.get_tensor(key) for key in chosen}
+        except ValueError as error:
+            raise CommandError(str(error)) from error
 
     hidden = read(args.input, ("hidden",))["hidden"]
     written = read(args.output, ("codes", "scales"), ("outer",))
@@ -58,5 +56,5 @@ def run(args: argparse.Namespace) -> int:
         found = diagnose.identify(hidden, **written)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
-    print(found.to_json() if args.json else found)
+    say(found.to_json() if args.json else found)
     return 0 if found.explained else 1

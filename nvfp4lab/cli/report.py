@@ -7,7 +7,7 @@ import contextlib
 import sys
 
 from nvfp4lab.cli import shards
-from nvfp4lab.cli.command import CommandError, check_writable
+from nvfp4lab.cli.command import CommandError, check_writable, say
 from nvfp4lab.cli.progress import Progress
 
 
@@ -39,12 +39,12 @@ def run(args: argparse.Namespace) -> int:
             )
         except runs.NotebookError as error:
             progress.end("FAILED")
-            print(f"nvfp4lab: the page could not be made: {error}", file=sys.stderr)
+            say(f"nvfp4lab: the page could not be made: {error}", sys.stderr)
             return 1
         except (ValueError, RuntimeError) as error:
             raise CommandError(str(error)) from error
     progress.end("ok")
-    print(report.summary(report.verdicts(swept)).to_string(index=False))
-    print("at how many sites: safe and lossy against exact scales on these tokens, broken by a NaN")
-    print(f"Open {args.out}; the full statistics are in {state}")
+    say(report.summary(report.verdicts(swept)).to_string(index=False))
+    say("at how many sites: safe and lossy against exact scales on these tokens, broken by a NaN")
+    say(f"Open {args.out}; the full statistics are in {state}")
     return shards.exit_code(swept)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvfp4lab.cli.command import CommandError
+from nvfp4lab.cli.command import CommandError, say
 
 if TYPE_CHECKING:
     from nvfp4lab.sweeps import Swept
@@ -88,7 +88,7 @@ def executor_of(args: argparse.Namespace, stack: contextlib.ExitStack):
 def exit_code(swept: Swept) -> int:
     """1 where something could not be counted, which goes to stderr, else 0."""
     for failure in swept.failed:
-        print(f"nvfp4lab: not counted: {failure}", file=sys.stderr)
+        say(f"nvfp4lab: not counted: {failure}", sys.stderr)
     return 1 if swept.failed else 0
 
 

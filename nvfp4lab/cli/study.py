@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nvfp4lab import files
-from nvfp4lab.cli.command import CommandError, check_writable
+from nvfp4lab.cli.command import CommandError, check_writable, say
 from nvfp4lab.cli.progress import Progress
 
 REPORT = "report"  # the one notebook that has no number, and no finding of its own
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             problems[path] = f"{path.name}: {error}"
         if path in problems:
             progress.end("FAILED")
-            print(problems[path], file=sys.stderr)
+            say(problems[path], sys.stderr)
         else:
             if args.in_place:
                 text = nbformat.writes(runs.normalise(notebook)) + "\n"
@@ -94,12 +94,12 @@ def run(args: argparse.Namespace) -> int:
         partial.write_text(contents, encoding="utf-8")
     if problems:
         failed = ", ".join(path.stem for path in problems)
-        print(
+        say(
             f"nvfp4lab: {len(problems)} of {len(chosen)} notebooks failed: {failed}",
-            file=sys.stderr,
+            sys.stderr,
         )
         return 1
-    print(f"Open {index}")
+    say(f"Open {index}")
     return 0
 
 

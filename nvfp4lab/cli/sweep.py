@@ -7,7 +7,7 @@ import contextlib
 
 from nvfp4lab import files
 from nvfp4lab.cli import shards
-from nvfp4lab.cli.command import CommandError, check_writable
+from nvfp4lab.cli.command import CommandError, check_writable, say
 
 SHOWN = ["layer", "site", "recipe", "tokens", "qsnr_db", "gain", "flushed_share", "scale_nan"]
 
@@ -39,6 +39,6 @@ def run(args: argparse.Namespace) -> int:
     frame = swept.to_frame()
     with files.replacing(args.out) as partial:
         frame.to_csv(partial, index=False)
-    print(frame[SHOWN].round(4).to_string(index=False))
-    print(f"{len(frame)} rows in {args.out}, the full statistics in {state}")
+    say(frame[SHOWN].round(4).to_string(index=False))
+    say(f"{len(frame)} rows in {args.out}, the full statistics in {state}")
     return shards.exit_code(swept)

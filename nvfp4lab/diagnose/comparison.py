@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from nvfp4lab.checks import require_tensor
 from nvfp4lab.codec import iter_blocks
-from nvfp4lab.quantized import Quantized, outer_of_blocks
+from nvfp4lab.quantized import DTYPES, Quantized, outer_of_blocks
 
 CAUSES = {
     "outer scale": "the outer scales differ",
@@ -177,6 +178,7 @@ def _check(q_a: Quantized, q_b: Quantized, x: torch.Tensor) -> None:
     ):
         got = ", ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"compare takes (Quantized, Quantized, torch.Tensor), got ({got})")
+    require_tensor("x", x, DTYPES)
     if not q_a.shape == q_b.shape == x.shape:
         raise ValueError(
             f"x is {tuple(x.shape)}, the quantized forms {tuple(q_a.shape)} and {tuple(q_b.shape)}"

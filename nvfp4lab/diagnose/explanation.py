@@ -21,7 +21,9 @@ from nvfp4lab.blocks import (
     quantize_blocks,
     quotient_of,
 )
+from nvfp4lab.checks import require_tensor
 from nvfp4lab.formats import CodeClass, Format
+from nvfp4lab.quantized import DTYPES
 from nvfp4lab.rules import Recipe
 
 
@@ -75,12 +77,17 @@ def explain_block(
     True
     """
     recipe = catalogue.recipe(recipe)
+    require_tensor("block", block, DTYPES)
     if block.shape != (recipe.scale.block,):
         raise ValueError(
             f"a block of {recipe.name} has shape ({recipe.scale.block},), got {tuple(block.shape)}"
         )
     if outer is not None and recipe.outer is None:
         raise ValueError(f"an outer scale was given, but {recipe.name} has none")
+    if outer is not None and not isinstance(outer, (int, float)):
+        require_tensor("outer", outer, (torch.float32,))
+        if outer.numel() != 1:
+            raise ValueError(f"outer is one decode scale, got shape {tuple(outer.shape)}")
     found = codec.find_outer(block[None], recipe, outer)
     found = found.of_blocks(1, 0, 1)
     x = block[None].float()

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from nvfp4lab import catalogue
+from nvfp4lab.checks import require_tensor
 from nvfp4lab.diagnose.decisions import DECISIONS, default_of, plain, suggested
 from nvfp4lab.diagnose.inference import Fit, evidence, named_recipes
 from nvfp4lab.diagnose.leftovers import causes_of, count, counts, near_ties, tells
@@ -164,20 +165,16 @@ def identify(
 
 
 def _checked(x, codes, scales, outer):
-    for name, tensor in (("x", x), ("codes", codes), ("scales", scales)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x is bfloat16, float16 or float32, got {x.dtype}")
+    require_tensor("x", x, DTYPES)
+    require_tensor("codes", codes)
+    require_tensor("scales", scales)
     if x.ndim == 0 or x.shape[-1] % BLOCK or not x.numel():
         shape = tuple(x.shape)
         raise ValueError(f"x is (..., K), not empty, with K a multiple of {BLOCK}, got {shape}")
     if isinstance(outer, (int, float)):
         outer = torch.tensor(float(outer), dtype=torch.float32, device="cpu")
     if outer is not None:
-        if not isinstance(outer, torch.Tensor) or outer.dtype != torch.float32:
-            got = getattr(outer, "dtype", type(outer).__name__)
-            raise TypeError(f"outer is float32 of one number or one a token, or None; got {got}")
+        require_tensor("outer", outer, (torch.float32,))
         outer = outer.detach().cpu()
     return x.reshape(-1, x.shape[-1]).cpu(), codes.detach().cpu(), scales.detach().cpu(), outer
 

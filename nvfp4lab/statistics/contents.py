@@ -102,23 +102,9 @@ class Contents:
     def empty(cls, recipe: Recipe, width: int) -> Self:
         """Of no rows with K = width: what everything of that recipe adds up from."""
         elements, scale = recipe.elements.format, recipe.scale
-        shapes = {
-            "element_codes": (2**elements.bits, np.int64),
-            "scale_codes": (0 if scale.format is None else 256, np.int64),
-            "crest_counts": (bins.CREST_COUNT, np.int64),
-            "amax_blocks": (bins.AMAX_COUNT, np.int64),
-            "amax_lost": (bins.AMAX_COUNT, np.int64),
-            "amax_xx": (bins.AMAX_COUNT, np.float64),
-            "amax_ee": (bins.AMAX_COUNT, np.float64),
-            "quotient_elements": (bins.QUOTIENT_COUNT, np.int64),
-            "quotient_e": (bins.QUOTIENT_COUNT, np.float64),
-            "quotient_ee": (bins.QUOTIENT_COUNT, np.float64),
-            "block_qsnr": (bins.QSNR_COUNT, np.int64),
-            "token_qsnr": (bins.QSNR_COUNT, np.int64),
-            **dict.fromkeys(CHANNELS, (width, np.float64)),
-        }
+        shapes = arrays_of(2**elements.bits, scale.format is not None, width)
         values: dict = {f.name: 0 if f.type == "int" else 0.0 for f in fields(cls)}
-        values |= {name: np.zeros(*shape) for name, shape in shapes.items()}
+        values |= {name: np.zeros(*described) for name, described in shapes.items()}
         values |= {
             "recipe": recipe.name,
             "digest": digest(recipe),
@@ -134,6 +120,26 @@ class Contents:
             },
         }
         return cls(**values)
+
+
+def arrays_of(codes: int, has_scale_codes: bool, width: int | None) -> dict[str, tuple[int, type]]:
+    """Length and dtype of each array for a format of so many element codes, and rows of `width`."""
+    return {
+        "magnitude_of_code": (codes, np.int64),
+        "element_codes": (codes, np.int64),
+        "scale_codes": (256 if has_scale_codes else 0, np.int64),
+        "crest_counts": (bins.CREST_COUNT, np.int64),
+        "amax_blocks": (bins.AMAX_COUNT, np.int64),
+        "amax_lost": (bins.AMAX_COUNT, np.int64),
+        "amax_xx": (bins.AMAX_COUNT, np.float64),
+        "amax_ee": (bins.AMAX_COUNT, np.float64),
+        "quotient_elements": (bins.QUOTIENT_COUNT, np.int64),
+        "quotient_e": (bins.QUOTIENT_COUNT, np.float64),
+        "quotient_ee": (bins.QUOTIENT_COUNT, np.float64),
+        "block_qsnr": (bins.QSNR_COUNT, np.int64),
+        "token_qsnr": (bins.QSNR_COUNT, np.int64),
+        **dict.fromkeys(CHANNELS, (width or 0, np.float64)),
+    }
 
 
 def digest(recipe: Recipe) -> str:

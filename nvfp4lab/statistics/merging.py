@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Self
@@ -15,7 +16,8 @@ from typing import Self
 import numpy as np
 
 from nvfp4lab import files
-from nvfp4lab.statistics.contents import CHANNELS, WORST
+from nvfp4lab.checked_json import COUNT, either, parse
+from nvfp4lab.statistics.contents import CHANNELS, WORST, arrays_of
 from nvfp4lab.statistics.measures import Measures
 
 KEPT = 10  # worst blocks
@@ -32,6 +34,12 @@ _IDENTITY = (
     "width",
 )
 _LARGEST = ("max_abs_e", "max_rel_e", "amax")
+_SIGNED = ("sum_xq", "sum_e", "quotient_e", "channel_xq", "magnitude_of_code")
+_DAMAGE = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, MemoryError, OverflowError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),  # of zip's other features
+)
+_LARGEST_TEXT = 1 << 26  # bytes of the numbers and the note
 
 
 class Statistics(Measures):
@@ -123,21 +131,25 @@ class Statistics(Measures):
 
         Raises: as `load`.
         """
+        path = Path(path)
+        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+            raise ValueError(f"{path} is no regular file, expected one of statistics")
         try:
-            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            note = str(arrays.pop("note"))
-            scalars = json.loads(str(arrays.pop("scalars")))
-            if (version := scalars.pop("version")) != VERSION:
-                raise ValueError(f"version {version}, this nvfp4lab reads {VERSION}")
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                texts = {n: _text(file, n) for n in ("note", "scalars")}
+                scalars = parse(texts["scalars"], "its numbers", {"version": int})
+                if (version := scalars.pop("version")) != VERSION:
+                    raise ValueError(f"version {version}, this nvfp4lab reads {VERSION}")
+                arrays = {n: file[n] for n in file.files if n not in texts}
             worst = {name: arrays.pop(f"worst.{name}") for name in WORST}
             if unlike := sorted(set(_names()) ^ {*arrays, *scalars, "worst"}):
                 raise ValueError(f"missing or unknown: {', '.join(unlike)}")
-            return cls(**scalars, **arrays, worst=worst), note
+            _check(scalars, arrays, worst)
+            return cls(**scalars, **arrays, worst=worst), texts["note"]
         except FileNotFoundError:
             raise
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is no whole file of statistics: {error}") from error
+        except _DAMAGE as error:
+            raise ValueError(f"{path} is no whole file of statistics: {error!s:.300}") from error
 
     def _arrays(self) -> dict[str, np.ndarray]:
         """All of it as arrays; the numbers and names are one, JSON, which keeps every bit."""
@@ -146,6 +158,41 @@ class Statistics(Measures):
         scalars = {name: v for name, v in values.items() if name not in arrays}
         arrays |= {f"worst.{name}": column for name, column in self.worst.items()}
         return {"scalars": np.array(json.dumps({"version": VERSION, **scalars})), **arrays}
+
+
+def _text(file: np.lib.npyio.NpzFile, name: str) -> str:
+    """A string that was saved as an array without dimensions."""
+    assert file.zip is not None  # as long as the file is open
+    if file.zip.getinfo(f"{name}.npy").file_size > _LARGEST_TEXT:
+        raise ValueError(f"{name} has more than {_LARGEST_TEXT} bytes")
+    array = file[name]
+    if array.dtype.kind != "U" or array.ndim:
+        raise ValueError(f"{name} is a string, found {array.dtype} {array.shape}")
+    return str(array)
+
+
+def _check(scalars: dict, arrays: dict[str, np.ndarray], worst: dict[str, np.ndarray]) -> None:
+    """Hold what a file gave to what `Contents.empty` makes. Raises: ValueError."""
+    kinds = {"int": COUNT, "float": float, "str": str}
+    kinds |= {"int | None": either(None, COUNT), "str | None": either(None, str)}
+    shape = {f.name: kinds[f.type] for f in fields(Statistics) if f.type in kinds}
+    parse(json.dumps(scalars), "its numbers", shape)
+    codes, scale_codes = len(arrays["magnitude_of_code"]), scalars["scale_format"] is not None
+    for name, (length, dtype) in arrays_of(codes, scale_codes, scalars["width"]).items():
+        _require(name, arrays[name], (length,), dtype)
+    rows, block = min(len(worst["token"]), KEPT), scalars["block"]
+    for name, dtype in WORST.items():
+        _require(f"worst.{name}", worst[name], (rows, block) if name == "x" else (rows,), dtype)
+    for name, value in {**scalars, **arrays}.items():
+        number = isinstance(value, (int, float, np.ndarray))
+        if number and name not in _SIGNED and not np.all(np.asarray(value) >= 0):
+            raise ValueError(f"{name} is never below 0")
+
+
+def _require(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: type | str) -> None:
+    kind = array.dtype.kind == "U" if dtype == "U1" else array.dtype == np.dtype(dtype)
+    if array.shape != shape or not kind:
+        raise ValueError(f"{name} is {dtype} {shape}, found {array.dtype} {array.shape}")
 
 
 def merged_worst(*parts) -> dict[str, np.ndarray]:

@@ -22,7 +22,8 @@ from urllib.parse import quote
 from filelock import FileLock, Timeout
 
 from nvfp4lab import files
-from nvfp4lab.records import label_of
+from nvfp4lab.checked_json import COUNT, either, magnitude, parse
+from nvfp4lab.records import ABOUT, label_of
 from nvfp4lab.rules import Recipe
 from nvfp4lab.statistics import Statistics, digest
 from nvfp4lab.sweeps.shards import Failure, Shard
@@ -32,6 +33,16 @@ SAVE_EVERY = 5.0  # seconds
 LONGEST_NAME = 200  # of a file; file systems end at 255 bytes
 
 Key = tuple[int, str, str]  # layer, site, name of the recipe
+
+# What the files of the folder say in JSON.
+LARGEST = (magnitude, bool, bool)
+SHARD = {"size": COUNT, "mtime_ns": int}
+NOTE = {
+    "layer": ABOUT["layer"],
+    "site": ABOUT["site"],
+    "largest": either(None, LARGEST),
+    "shards": {str: SHARD | {"done": [(COUNT, COUNT)]}},
+}
 
 
 @dataclass
@@ -126,8 +137,12 @@ class State:
         path = self._file(empty)
         if path is None or not path.exists():
             return empty
-        statistics, note = Statistics.load_with_note(path)
-        about = _parsed(path, note)
+        statistics, about = _loaded(path)
+        if (about["layer"], about["site"]) != (empty.layer, empty.site):
+            raise ValueError(
+                f"{path} counts rows of layer {about['layer']} {about['site']!r}, expected those "
+                f"of layer {empty.layer} {empty.site!r}: it bears another file's name"
+            )
         if statistics.digest != digest(empty.recipe):
             raise ValueError(
                 f"{path} is of another {statistics.recipe} than this sweep's: the recipe has "
@@ -144,8 +159,8 @@ class State:
         """What is counted of sites other than these, none of whose shards can be read any more."""
         by_digest = {digest(recipe): recipe for recipe in recipes}
         for path in [] if self.folder is None else sorted(self.folder.glob("*.npz")):
-            statistics, note = Statistics.load_with_note(path)
-            about, recipe = _parsed(path, note), by_digest.get(statistics.digest)
+            statistics, about = _loaded(path)
+            recipe = by_digest.get(statistics.digest)
             site = about["layer"], about["site"]
             if recipe and site not in sites and about["shards"].keys() <= self._unreadable:
                 yield _entry(*site, recipe, statistics, about)
@@ -161,7 +176,7 @@ class State:
         path = None if self.folder is None else self.folder / "largest.json"
         if path is None or not path.exists():
             return {}
-        about = _parsed(path, path.read_text())
+        about = parse(path.read_bytes(), path, {"shards": {str: SHARD | {"largest": LARGEST}}})
         return {
             shard: Largest(*known["largest"])
             for shard, known in about["shards"].items()
@@ -228,8 +243,13 @@ def _of_known(known: Mapping[str, Any]) -> tuple[int, int]:
     return known["size"], known["mtime_ns"]
 
 
-def _parsed(path: Path, text: str) -> dict[str, Any]:
-    try:
-        return {"largest": None, "shards": {}, **json.loads(text)}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no state of a sweep: {error}") from error
+def _loaded(path: Path) -> tuple[Statistics, dict[str, Any]]:
+    """Statistics and the note beside them, which says what rows they count."""
+    statistics, note = Statistics.load_with_note(path)
+    about = parse(note, path, NOTE)
+    spans = [span for known in about["shards"].values() for span in known["done"]]
+    if (rows := sum(stop - start for start, stop in spans)) != statistics.tokens:
+        raise ValueError(
+            f"{path}: expected the {statistics.tokens} rows that it counts, found {rows}"
+        )
+    return statistics, about
