@@ -77,7 +77,7 @@ def test_a_million_tokens_take_no_memory_beyond_the_result(recipe):
     before = resident()
     q = nv.quantize(x, recipe)
     result = q.codes.nbytes + q.scales.nbytes + (0 if q.outer is None else q.outer.nbytes)
-    assert resident() - before < result + (64 << 20)
+    assert resident() - before < result + (64 + 8 * 7 << 20)  # up to eight threads have 7 MB each
     assert (q.codes == expected.codes).all() and (q.scales == expected.scales).all()
 
 

@@ -160,7 +160,7 @@ def _elements(
         "error": error,
         "ulps": error / step,
     }
-    return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
+    return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
 
 
 def _neighbour(fmt: Format, code: int, step: int) -> float:
