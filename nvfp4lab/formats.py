@@ -153,6 +153,8 @@ class Format:
 
         The last one is the step out of the largest finite value. For `stochastic` they are the
         magnitudes themselves, between which a code is drawn.
+
+        Raises: ValueError for an unknown rounding.
         """
         if not isinstance(rounding, str) or rounding not in get_args(Rounding):
             raise ValueError(f"{rounding!r} is not one of {', '.join(get_args(Rounding))}")
@@ -178,6 +180,8 @@ class Format:
     def by_class(self, of_code: np.ndarray) -> dict[str, Any]:
         """What is counted of each code [2**bits], by class: zero, subnormal, normal, saturated (the
         largest finite code, which is in no other class), nan.
+
+        Raises: ValueError for another number of counts.
         """
         kind = _classes(self, torch.device("cpu")).numpy()
         if not isinstance(of_code, np.ndarray) or of_code.shape != kind.shape:

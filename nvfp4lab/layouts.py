@@ -16,13 +16,17 @@ GGUF_BLOCK, GGUF_SUBBLOCK = 64, 16
 
 
 def require_matrix(name: str, given: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raises: TypeError for no tensor of that dtype, ValueError for one that is no matrix."""
     require_tensor(name, given, (dtype,))
     if given.ndim != 2:
         raise ValueError(f"{name} has two dimensions, got shape {tuple(given.shape)}")
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Two 4-bit codes to a byte, the even element low: uint8 (..., K) -> uint8 (..., K // 2)."""
+    """Two 4-bit codes to a byte, the even element low: uint8 (..., K) -> uint8 (..., K // 2).
+
+    Raises: ValueError for an odd K.
+    """
     require_tensor("codes", codes, INTEGERS, least_ndim=1)
     if codes.shape[-1] % 2:
         raise ValueError(f"a byte holds two codes; got {codes.shape[-1]} codes in a row")

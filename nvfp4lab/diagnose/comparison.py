@@ -6,6 +6,7 @@ another, add it there and to `_cause_of_scales` or `_cause_of_codes`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pandas as pd
@@ -143,7 +144,9 @@ def _cause_of_codes(values, got, want, of_scale, scale, outer, q: Quantized) -> 
     s = scale if scale_fmt is None else scale_fmt.decode(scale)
     quotient = (values.double() / (s.double() * outer.double())).abs()
     middle = (fmt.decode(got).abs().double() + fmt.decode(want).abs().double()) / 2
-    ulp = 2.0**-23 * torch.ldexp(torch.ones_like(middle), torch.frexp(middle).exponent - 1)
+    # Not by ldexp, which torch 2.11 runs on the current GPU, whichever its tensors are on.
+    single = middle.float()
+    ulp = (torch.nextafter(single, torch.full_like(single, math.inf)) - single).double()
     conditions = {
         "NaN": ~values.isfinite() | s.isnan(),
         "other scale": (of_scale >= 0).expand_as(got),
