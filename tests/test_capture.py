@@ -346,7 +346,6 @@ def capture_until(path: Path, step: int | None, monkeypatch) -> bool:
     reached. True if all six are there.
     """
     count = itertools.count()
-    recorder = None
     with monkeypatch.context() as patch:
         for name, real in STEPS.items():
 
@@ -363,13 +362,7 @@ def capture_until(path: Path, step: int | None, monkeypatch) -> bool:
             recorder.finish()
             return True
         except Killed:
-            return False
-        finally:
-            # A process that dies gives its lock back; in this one the garbage collector must.
-            del recorder
-            import gc
-
-            gc.collect()
+            return False  # the recorder, and with it the lock, goes as in a process that dies
 
 
 def test_dying_at_any_step_loses_and_doubles_nothing(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from kernel_runs import run
+from packaging.version import Version
 
 from nvfp4lab.benchmarks import compiled
 from nvfp4lab.formats import E2M1, E4M3
@@ -174,10 +175,10 @@ def test_fault_9_a_nan_is_not_seen_by_the_amax_and_becomes_minus_6_when_compiled
     assert codes[:3] == [15, 7, 13]
 
 
-def test_fault_9_a_nan_becomes_plus_6_in_the_interpreter(interpreter):
+def test_fault_9_a_nan_becomes_plus_6_in_the_interpreter_of_older_tritons(interpreter):
     """Why NaN inputs to the seed are held against the compiled kernel only."""
     _, codes = stage_block([math.nan, 6.0, -3.0], interpreter)
-    assert codes[0] == 7
+    assert codes[0] == (7 if Version(triton.__version__) < Version("3.8") else 15)
 
 
 def test_fault_9_one_inf_makes_the_scale_256_and_zeroes_its_neighbours_below_64(device):

@@ -99,7 +99,9 @@ def _copy_top_k(
     mask = entry < tokens * TOP_K
     one_id = tl.load(ids + token * ids_row + k * ids_column, mask=mask).to(tl.int64)
     weight = tl.load(weights + token * weights_row + k * weights_column, mask=mask).to(tl.float32)
-    padding = tl.load(is_padding + token, mask=mask & (has_padding != 0), other=0) != 0
+    # Compared in every lane: Triton's interpreter makes no bool of a scalar condition in a mask.
+    given = tl.full((ENTRIES,), has_padding, tl.int32) != 0
+    padding = tl.load(is_padding + token, mask=mask & given, other=0) != 0
     at = token * idx_out_row + k * idx_out_column
     tl.store(idx_out + at, tl.where(padding, -1, one_id), mask=mask)
     at = token * weights_out_row + k * weights_out_column
