@@ -136,6 +136,19 @@ def test_no_capture_json_writes_outside_its_folder_or_fails_unnamed(tmp_path, in
     assert not bad
 
 
+def test_no_site_of_a_capture_leads_out_of_its_folder(tmp_path, interrupted):
+    """The label, which names files, made to agree with it, as no single change of a part does."""
+    document = json.loads((interrupted / "capture.json").read_text())
+    before = outside(tmp_path, interrupted)
+    (about,) = document["sites"].values()
+    for site in ("/../../../out", "/../../out", "a/b", "\0"):
+        sites = {f"layer03.{site}": {**about, "site": site}}
+        (interrupted / "capture.json").write_text(json.dumps({**document, "sites": sites}))
+        with pytest.raises(ValueError, match="expected the label of layer 3"):
+            seal(interrupted)
+    assert outside(tmp_path, interrupted) == before
+
+
 @pytest.mark.parametrize("where", ["rows", "file"])
 def test_a_link_among_the_rows_is_not_followed(tmp_path, interrupted, where):
     precious = tmp_path / "precious"
@@ -215,6 +228,8 @@ def test_no_line_of_prompts_fails_unnamed(tmp_path, document):
     [
         ({"a": int}, '{"a": true}', r"expected a whole number at \['a'\], found True"),
         ({"a": range(3)}, '{"a": 3}', "expected a whole number from 0 to 2 .*, found 3"),
+        ({"a": range(3)}, '{"a": true}', "expected a whole number from 0 to 2 .*, found True"),
+        ({"a": range(3)}, '{"a": 1.0}', r"expected a whole number from 0 to 2 .*, found 1\.0"),
         ([(int, str)], '[[1, "a"], [2]]', r"expected a list of 2 at \[1\], found \[2\]"),
         ({str: {"x", "y"}}, '{"k": "z"}', r"expected one of x, y at \['k'\], found 'z'"),
         (float, '"1"', "expected a number, found '1'"),
