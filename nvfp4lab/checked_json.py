@@ -8,8 +8,10 @@ the manifest, statistics, the state of a sweep, benchmark results. A shape is wr
 A type stands for its values (int and float without bool; a float may be written as an int), a range
 for the ints in it, a set for one of its members, [A] for any number of A, (A, B) for just these,
 {str: A} for any names, any other dict for keys that must be there beside others, `either(A, B)` for
-both, and a function for what it is true of; its docstring says what that is. May be changed:
-another kind of shape is a case in `_mismatch`.
+both, and a function for what it is true of; its docstring says what that is. JSON Schema is not
+used: under it 1.0 is an integer and NaN a number from 0 up, an alternative that does not fit is
+shown as its whole schema, and jsonschema takes as long to import as torch where JupyterLab has
+installed its formats. May be changed: another kind of shape is a case in `_mismatch`.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ same goes straight to the launch. To make another recipe stageable, add its deci
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -134,7 +135,9 @@ def stage_mega_moe_inputs(
     topk_weights_out float32 (T, top_k), and x_scales float32 (T,), which is required by a recipe
     with an outer scale per token and refused by the others. All on one device, which need not be
     the current one. Rows of hidden_states, x_fp4 and x_sf may lie anywhere but have last stride 1,
-    x_scales and is_padding have stride 1; top-k tensors have any strides.
+    x_scales and is_padding have stride 1; top-k tensors have any strides. No two entries of a
+    written tensor share memory; that no two tensors do is not checked, and what is written where a
+    written one overlaps another is undefined.
 
     A padding token is quantized like any other and gets id -1 and weight 0, under `seed` by
     operations after the launch. No tokens: nothing is checked or done. Nothing is allocated and
@@ -347,8 +350,23 @@ def _check_tensor(
         raise ValueError(f"{name} is on {device}, as hidden_states is; got {tensor.device}")
     if rule.last_stride_1 and shape[-1] > 1 and strides[-1] != 1:
         raise ValueError(f"{name} has a last stride of 1, got strides {strides}")
-    if rule.written and any(s == 0 and n > 1 for n, s in zip(shape, strides, strict=True)):
-        raise ValueError(f"{name} is written, so no two entries share memory; strides {strides}")
+    if rule.written and _overlaps(shape, strides):
+        raise ValueError(
+            f"{name} is written, so no two entries share memory; got shape {shape} and strides "
+            f"{strides}"
+        )
+
+
+def _overlaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether two entries of a tensor of one or two dimensions lie in the same place.
+
+    Entries (i, j) and (i + di, j - dj) do where di a = dj b, and b / g, a / g is the nearest such
+    pair, with strides a and b and g their greatest common divisor.
+    """
+    (rows, columns), (a, b) = (*shape, 1)[:2], (*strides, 0)[:2]
+    if not (g := math.gcd(a, b)):
+        return rows * columns > 1
+    return b // g < rows and a // g < columns
 
 
 def _require_tensor(name: str, given: object) -> torch.Tensor:

@@ -9,7 +9,10 @@ import ast
 import json
 import os
 import shutil
+import subprocess
+import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,6 +136,19 @@ def test_no_capture_json_writes_outside_its_folder_or_fails_unnamed(tmp_path, in
     assert not bad
 
 
+def test_no_site_of_a_capture_leads_out_of_its_folder(tmp_path, interrupted):
+    """The label, which names files, made to agree with it, as no single change of a part does."""
+    document = json.loads((interrupted / "capture.json").read_text())
+    before = outside(tmp_path, interrupted)
+    (about,) = document["sites"].values()
+    for site in ("/../../../out", "/../../out", "a/b", "\0"):
+        sites = {f"layer03.{site}": {**about, "site": site}}
+        (interrupted / "capture.json").write_text(json.dumps({**document, "sites": sites}))
+        with pytest.raises(ValueError, match="expected the label of layer 3"):
+            seal(interrupted)
+    assert outside(tmp_path, interrupted) == before
+
+
 @pytest.mark.parametrize("where", ["rows", "file"])
 def test_a_link_among_the_rows_is_not_followed(tmp_path, interrupted, where):
     precious = tmp_path / "precious"
@@ -212,6 +228,8 @@ def test_no_line_of_prompts_fails_unnamed(tmp_path, document):
     [
         ({"a": int}, '{"a": true}', r"expected a whole number at \['a'\], found True"),
         ({"a": range(3)}, '{"a": 3}', "expected a whole number from 0 to 2 .*, found 3"),
+        ({"a": range(3)}, '{"a": true}', "expected a whole number from 0 to 2 .*, found True"),
+        ({"a": range(3)}, '{"a": 1.0}', r"expected a whole number from 0 to 2 .*, found 1\.0"),
         ([(int, str)], '[[1, "a"], [2]]', r"expected a list of 2 at \[1\], found \[2\]"),
         ({str: {"x", "y"}}, '{"k": "z"}', r"expected one of x, y at \['k'\], found 'z'"),
         (float, '"1"', "expected a number, found '1'"),
@@ -277,6 +295,75 @@ def test_counts_and_squares_below_zero_are_no_statistics(saved, name):
     np.savez_compressed(saved, **arrays | {name: -1 - arrays[name]})
     with pytest.raises(ValueError, match=f"{name} is never below 0"):
         Statistics.load(saved)
+
+
+# memory ------------------------------------------------------------------------------------------
+
+PEAKS = """
+import json, sys
+import nvfp4lab as nv
+from nvfp4lab import cli
+from nvfp4lab.statistics import Statistics
+
+def peak():
+    return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024
+
+nv.load_activations, nv.identify, Statistics.load  # imported before anything is measured
+for path in sys.argv[1:]:
+    before, said = peak(), 'read'
+    try:
+        Statistics.load(path) if path.endswith('.npz') else nv.load_activations(path)
+    except ValueError as error:
+        said = str(error)
+    print(json.dumps([path, peak() - before, said]))
+"""
+
+
+def unpacks_to(path: Path, size: int, member: str, dtype: str, shape: tuple[int, ...]) -> None:
+    """Make one array of statistics zeros of so many bytes, which take a thousandth of them."""
+    with np.load(path) as file, zipfile.ZipFile(path) as whole:
+        others = {name: whole.read(f"{name}.npy") for name in file.files if name != member}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as zipped:
+        for name, content in others.items():
+            zipped.writestr(f"{name}.npy", content)
+        with zipped.open(f"{member}.npy", "w") as file:
+            about = {"descr": dtype, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, about)
+            for _ in range(size >> 20):
+                file.write(bytes(1 << 20))
+
+
+BOMB = 300 << 20  # bytes unpacked
+BOMBS = {  # file: an array of statistics, its dtype and shape
+    "counts.npz": ("element_codes", "<i8", (BOMB // 8,)),
+    "note.npz": ("note", f"<U{BOMB // 4}", ()),
+    "unknown.npz": ("evil", "<f8", (BOMB // 8,)),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_no_file_takes_much_more_memory_than_its_bytes(tmp_path, saved):
+    most = {}  # file -> MB
+    for name, (member, dtype, shape) in BOMBS.items():
+        shutil.copy(saved, tmp_path / name)
+        unpacks_to(tmp_path / name, BOMB, member, dtype, shape)
+        most[name] = 50
+    text = {**hostile_files.ABOUT, "provenance": {"is": "y" * 50_000_000}}
+    (tmp_path / "text").write_bytes(hostile_files.packed(*hostile_files.record(json.dumps(text))))
+    most["text"] = 500
+    header, body = hostile_files.record()
+    end = {"dtype": "U8", "shape": [0], "data_offsets": [len(body), len(body)]}
+    many = {**header, **{f"t{i}": end for i in range(10**6)}}
+    (tmp_path / "tensors").write_bytes(hostile_files.packed(many, body))
+    most["tensors"] = 1500
+    paths = [str(tmp_path / name) for name in most]
+    done = subprocess.run([sys.executable, "-c", PEAKS, *paths], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    found = {Path(path).name: rest for path, *rest in map(json.loads, done.stdout.splitlines())}
+    assert not {name: grown for name, (grown, _) in found.items() if grown > most[name]}
+    said = {name: text for name, (_, text) in found.items()}
+    assert said.pop("text") == "read"
+    assert not {name: text for name, text in said.items() if name not in text or len(text) > 2000}
 
 
 # what is run, and what a terminal gets ----------------------------------------------------------

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -250,18 +251,66 @@ def folder(tmp_path, monkeypatch) -> Path:
     return capture(tmp_path / "capture")
 
 
+HOSTILE = (  # each would do something, or be lost, if it were taken for code, markup or a format
+    "<script src='https://example.org/a.js'></script>",
+    "<img src=x onerror=alert(1)>",
+    "</td></table></pre><!-- gone",
+    "&lt;b&gt; &#x41; &amp;amp;",
+    "[followed](https://example.org/) ![fetched](https://example.org/a.png)",
+    "$\\frac{1}{2}$ $\\bad{$",
+    "{{ 1234*5678 }} {% raw %} {# gone #}",
+    "{0} {site!r} {undefined} %s %(site)s",
+    '\'\'\' """ \' + str(1/0) + " + str(1/0) + " \\',
+    "back\\slash \\n \\x41",
+    "__import__('os').system('touch ran')",
+    "!touch ran",
+    "%run ran.py",
+    "%%bash",
+    "touch ran",
+)
+FOLDER = (
+    'it\'s "{1234*5678}" \\\n!touch ran\n%%bash'  # a path, which becomes a parameter of the page
+)
+
+
 def hostile(folder: Path) -> None:
-    """A record whose every text would do something if it were taken for code or markup."""
-    site = nv.activations("smollm2")[0].rows(0, 32)
-    evil = "<script src='https://example.org/a.js'></script> $\\bad{$ '''\n\"+1/0+\""
-    about = {**site.provenance, "is": evil}
+    """A record whose texts, and the name of whose file, are all of HOSTILE."""
+    record, text = nv.activations("smollm2")[0].rows(0, 32), "\n".join(HOSTILE)
+    about = {**record.provenance, "is": text, "model": text, text: text}
     records.save_activations(
-        folder / "'+str(1÷0)+'.safetensors",
-        replace(site, site="<img src=x onerror=alert(1)> $\\nonsense{$", provenance=about),
+        folder / "'+str(1÷0)+' {1234*5678} <b>\n!touch ran.safetensors",
+        replace(record, site=text, provenance=about),
     )
 
 
-ODD = ("$x$", "_a", "", "a\"b'c<d>&", "two\nlines", "y" * 400, "y" * 200 + "n" + "y" * 199)
+class Shown(HTMLParser):
+    """What a reader of a page sees, and what of it is more than text: links, handlers, comments."""
+
+    WITHOUT_END = ("meta", "img")
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.text, self.active, self.open = "", set(), []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.active |= {name for name, _ in attrs if name.startswith("on")}
+        self.active |= {value for name, value in attrs if name == "href"}
+        if tag not in self.WITHOUT_END:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.WITHOUT_END:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def handle_comment(self, data):
+        self.active.add(data)
+
+
+ODD = ("$x$", "_a", "", "a\"b'c<d>&", "two\nlines", "y" * 10**5, "y" * 200 + "n" + "y" * 199)
 BAD = "layer09.a.safetensors"
 
 
@@ -279,7 +328,7 @@ class Made:
 def made(tmp_path_factory) -> Made:
     """One page, after a sweep, of a capture with nearly everything odd that a capture can have."""
     root = tmp_path_factory.mktemp("report")
-    folder = capture(root / "it's")
+    folder = capture(root / FOLDER)
     hostile(folder)
     for layer, site in enumerate(ODD, start=20):
         save(folder / f"layer{layer}.safetensors", GAUSSIAN.bfloat16(), layer, site)
@@ -292,7 +341,7 @@ def made(tmp_path_factory) -> Made:
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(errors),
     ):
-        common = ["it's", "--recipes", "nvfp4", "seed", BASELINE, "--state", "kept", "--out"]
+        common = [FOLDER, "--recipes", "nvfp4", "seed", BASELINE, "--state", "kept", "--out"]
         cli.main(["sweep", *common, "o.csv"])
         before = {p.name: p.stat().st_mtime_ns for p in Path("kept").glob("*.npz")}
         code = cli.main(["report", *common, "o.html"])
@@ -313,9 +362,21 @@ def test_a_report_goes_on_from_a_sweep_and_counts_nothing_twice(made):
     assert not made.counted_twice
 
 
-def test_texts_of_a_capture_are_shown_and_neither_run_nor_taken_for_markup(made):
-    assert "<img src=x" not in made.text and "&lt;img src=x" in made.text
-    assert "c&lt;d&gt;&amp;" in made.text
+def test_texts_of_a_capture_are_shown_on_the_page_as_they_are(made):
+    shown = Shown(made.text).text
+    assert not [text[:80] for text in (*HOSTILE, *ODD) if text not in shown]
+
+
+def test_texts_of_a_capture_are_not_taken_for_markup(made):
+    shown = Shown(made.text)
+    assert not shown.open
+    assert all(address.startswith("#") for address in shown.active), shown.active
+
+
+def test_texts_of_a_capture_are_not_run(made):
+    folders = (made.page.parent, report.notebook().parent)
+    assert not [folder for folder in folders if (folder / "ran").exists()]
+    assert str(1234 * 5678) not in Shown(made.text).text
 
 
 def test_a_bad_shard_is_named_on_the_page_and_the_rest_judged(made):

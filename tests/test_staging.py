@@ -8,6 +8,7 @@ row in BAD_INPUTS or a test.
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import subprocess
 import sys
 from typing import Any
@@ -284,6 +285,14 @@ BAD_INPUTS = {  # case: what replaces a good argument, the error, what its messa
         {"x_fp4": torch.zeros(1, K // 2, dtype=torch.uint8).expand(T, -1)},
         ValueError, ["x_fp4 is written", "(0, 1)"],
     ),
+    "x_fp4 whose rows overlap": (
+        {"x_fp4": torch.zeros(T * K, dtype=torch.uint8).as_strided((T, K // 2), (K // 2 - 1, 1))},
+        ValueError, ["x_fp4 is written", "shape (3, 128) and strides (127, 1)"],
+    ),
+    "topk_idx_out whose rows interleave onto one another": (
+        {"topk_idx_out": torch.zeros(99, dtype=torch.int64).as_strided((T, TOP_K), (4, 2))},
+        ValueError, ["topk_idx_out is written", "strides (4, 2)"],
+    ),
     "x_fp4 on another device": (
         {"x_fp4": torch.zeros(T, K // 2, dtype=torch.uint8, device="meta")},
         ValueError, ["x_fp4 is on cpu", "got meta"],
@@ -364,6 +373,19 @@ def test_stage_refuses_what_stage_mega_moe_inputs_refuses_of_its_arguments(case)
     refused = set(changes) <= set(inputs) and case != "no x_scales for a recipe with"
     with pytest.raises(error) if refused else contextlib.nullcontext():
         nvfp4lab.stage(**arguments | {k: v for k, v in changes.items() if k in inputs})
+
+
+def test_entries_that_share_memory_are_found_for_all_small_shapes_and_strides():
+    """Also that no others are: rows that interleave without meeting, gaps, no rows at all."""
+    wrong = []
+    for rows, columns, a, b in itertools.product(range(6), range(6), range(9), range(9)):
+        places = [i * a + j * b for i in range(rows) for j in range(columns)]
+        shared = len(set(places)) < len(places)
+        if staging._overlaps((rows, columns), (a, b)) != shared:
+            wrong.append(((rows, columns), (a, b)))
+        if columns == 1 and staging._overlaps((rows,), (a,)) != shared:
+            wrong.append(((rows,), (a,)))
+    assert not wrong
 
 
 def test_the_seed_refuses_tensors_past_its_32_bit_offsets():

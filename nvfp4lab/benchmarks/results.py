@@ -157,7 +157,7 @@ class Result:
         return cls(
             given["machine"],
             given["settings"],
-            tuple(Sample(**entry | {"runs_us": tuple(entry["runs_us"])}) for entry in samples),
+            tuple(Sample(**dict(entry, runs_us=tuple(entry["runs_us"]))) for entry in samples),
             tuple(given["sweep"]),
             tuple(given["left_out"]),
             tuple(given["failed"]),

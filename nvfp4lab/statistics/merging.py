@@ -39,7 +39,8 @@ _DAMAGE = (
     *(OSError, EOFError, ValueError, KeyError, TypeError, MemoryError, OverflowError),
     *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),  # of zip's other features
 )
-_LARGEST_TEXT = 1 << 26  # bytes of the numbers and the note
+_LARGEST_FILE = 1 << 28  # bytes unpacked; it is the note that grows, by some 700 a shard
+_LARGEST_NUMBERS = 1 << 16  # bytes
 
 
 class Statistics(Measures):
@@ -136,6 +137,7 @@ class Statistics(Measures):
             raise ValueError(f"{path} is no regular file, expected one of statistics")
         try:
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                _check_sizes(file)
                 texts = {n: _text(file, n) for n in ("note", "scalars")}
                 scalars = parse(texts["scalars"], "its numbers", {"version": int})
                 if (version := scalars.pop("version")) != VERSION:
@@ -160,11 +162,21 @@ class Statistics(Measures):
         return {"scalars": np.array(json.dumps({"version": VERSION, **scalars})), **arrays}
 
 
+def _check_sizes(file: np.lib.npyio.NpzFile) -> None:
+    """Before any of it is unpacked: a zip of some kB may hold GBs. Raises: ValueError."""
+    assert file.zip is not None  # as long as the file is open
+    members = file.zip.infolist()
+    numbers = sum(one.file_size for one in members if one.filename == "scalars.npy")
+    for what, size, most in (
+        ("it", sum(one.file_size for one in members), _LARGEST_FILE),
+        ("scalars", numbers, _LARGEST_NUMBERS),
+    ):
+        if size > most:
+            raise ValueError(f"{what} unpacks to {size} bytes, expected {most} or fewer")
+
+
 def _text(file: np.lib.npyio.NpzFile, name: str) -> str:
     """A string that was saved as an array without dimensions."""
-    assert file.zip is not None  # as long as the file is open
-    if file.zip.getinfo(f"{name}.npy").file_size > _LARGEST_TEXT:
-        raise ValueError(f"{name} has more than {_LARGEST_TEXT} bytes")
     array = file[name]
     if array.dtype.kind != "U" or array.ndim:
         raise ValueError(f"{name} is a string, found {array.dtype} {array.shape}")
