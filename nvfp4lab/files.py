@@ -72,9 +72,12 @@ def append(path: str | Path, data: bytes | memoryview) -> None:
         os.fsync(file.fileno())
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=256)
 def clear(parent: Path) -> None:
-    """Take away the folders of processes of this machine that are no more, once in a while."""
+    """Take away the folders of processes of this machine that are no more.
+
+    Once a process, or once more after 256 other folders: it reads the whole folder.
+    """
     if os.name != "posix":  # there no process can be asked for without harm
         return
     for folder in parent.glob(f"{SCRATCH}*-{_MACHINE}-*"):

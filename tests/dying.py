@@ -75,15 +75,15 @@ def killed_at_every_step(work: Callable[[Path], object], start: Path) -> int:
 
     life(work, fresh(), None)
     want = left(folder)
-    for step in itertools.count():
-        done = life(work, fresh(), step)
-        if done:
-            return step
+    step = 0
+    while not life(work, fresh(), step):
         life(work, folder, None)
         got = left(folder)
         if got != want:
             names = sorted(n for n in got.keys() | want.keys() if got.get(n) != want.get(n))
             sys.exit(f"killed at step {step}, then done again, these differ: {names}")
+        step += 1
+    return step
 
 
 def captured(folder: Path) -> None:

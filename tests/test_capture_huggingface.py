@@ -385,6 +385,14 @@ def test_missing_prompts_are_an_error_before_the_model_is_loaded(tmp_path, capsy
     assert f"no prompts at {nowhere}" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_made_is_named_before_the_model_is_loaded(
+    tmp_path, prompts, capsys
+):
+    out = prompts / "new" / "c"  # below a file
+    assert cli.main(command(Path("no/such/model"), prompts, out)) == 2
+    assert f"--out {out} cannot be written: there is no folder {prompts}" in capsys.readouterr().err
+
+
 def test_a_json_prompt_is_its_text(tmp_path, saved_v4):
     lines = [{"text": "w1 w2 w3"}, {"text": "w4"}]
     path = tmp_path / "prompts.jsonl"

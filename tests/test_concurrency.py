@@ -22,6 +22,7 @@ from public_calls import CALLS, HEAVY, bits, digest, digests, values
 from sweep_runs import EXACT, alike, capture, swept
 
 import nvfp4lab as nv
+from nvfp4lab import cli
 from nvfp4lab.capture.folder import CaptureFolder
 from nvfp4lab.sweeps import state
 
@@ -72,13 +73,11 @@ def alone() -> dict[str, str]:
 COLD_THREADS = """
 import json, sys, threading
 from concurrent.futures import ThreadPoolExecutor
-sys.setswitchinterval(1e-6)
+sys.setswitchinterval(1e-5)
 import public_calls  # which has imported no module of nvfp4lab but what its table needs
 together = threading.Barrier(8)
 def work(thread):
-    light = {light!r}
-    at = thread * len(light) // 16
-    names = [*light[at:], *light[:at], {heavy!r}[thread % {count}]]
+    names = [*{light!r}[thread % 4 :: 4], *{heavy!r}[thread % 4 :: 4]]
     together.wait()
     return public_calls.digests(names)
 with ThreadPoolExecutor(8) as pool:
@@ -87,8 +86,8 @@ with ThreadPoolExecutor(8) as pool:
 
 
 def test_eight_threads_start_cold_on_every_public_function(alone):
-    """Lazy imports, tables and caches are first touched by racing threads."""
-    code = COLD_THREADS.format(light=LIGHT, heavy=HEAVY, count=len(HEAVY))
+    """Lazy imports, tables and caches are first touched by racing threads, two at each call."""
+    code = COLD_THREADS.format(light=LIGHT, heavy=HEAVY)
     for found in json.loads(run(code)):
         differing = {name: found[name] for name in found if found[name] != alone[name]}
         assert not differing
@@ -155,7 +154,8 @@ MODES: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mode_of_torch_changes_no_bit(mode, alone):
-    names = list(CALLS) if "default" in mode else LIGHT
+    slow = "identify_a_rule_without_a_name"
+    names = [n for n in CALLS if n != slow] if "default" in mode else LIGHT
     with MODES[mode]():
         found = digests(names)
     assert {n: found[n] for n in names if found[n] != alone[n]} == {}
@@ -187,21 +187,18 @@ def test_a_state_in_use_can_be_read_where_nothing_is_left_to_count(tmp_path):
 
 def test_sweeps_started_together_give_what_one_gives_or_are_refused(tmp_path):
     folder = capture(tmp_path / "a folder")
-    command = [
-        *(sys.executable, "-m", "nvfp4lab.cli", "sweep", str(folder)),
-        *("--recipes", "nvfp4", "nvfp4-tensor", "--out"),
-    ]
-    subprocess.run([*command, "one.csv"], cwd=tmp_path, env=environment(), check=True)
+    sweep = ["sweep", str(folder), "--recipes", "nvfp4", "nvfp4-tensor", "--out"]
+    assert cli.main([*sweep, str(tmp_path / "one.csv")]) == 0
     together = [
         subprocess.Popen(
-            [*command, "o.csv"],
+            [sys.executable, "-m", "nvfp4lab.cli", *sweep, "o.csv"],
             cwd=tmp_path,
             env=environment(),
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for _ in range(3)
+        for _ in range(2)
     ]
     errors = [process.communicate()[1] for process in together]
     codes = [process.returncode for process in together]

@@ -33,7 +33,7 @@ from sweep_runs import (
 )
 
 import nvfp4lab as nv
-from nvfp4lab import sweeps
+from nvfp4lab import records, sweeps
 from nvfp4lab.sweeps import tasks, workers
 
 
@@ -223,7 +223,9 @@ def damage(folder: Path, how: str) -> str:
         case "dtype":
             from safetensors.torch import save_file
 
-            save_file({"hidden": torch.ones(3, WIDTH), "positions": torch.arange(3)}, file)
+            about = json.dumps({"layer": 0, "site": "mlp_input", "provenance": {}})
+            tensors = {"hidden": torch.ones(3, WIDTH), "positions": torch.arange(3)}
+            save_file(tensors, file, metadata={records.METADATA_KEY: about})
             return "hidden of dtype torch.bfloat16"
         case _:
             save(file, hidden(300, 1, width=32))

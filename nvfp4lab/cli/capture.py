@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from nvfp4lab import records
 
     there = next(folder for folder in [args.out, *args.out.absolute().parents] if folder.exists())
-    check_writable("--out", there / records.CAPTURE_FILE)  # before a model is loaded for minutes
+    first = there / records.CAPTURE_FILE
+    check_writable("--out", args.out, first)  # before a model is loaded for minutes
     try:
         import transformers
     except ImportError:

@@ -16,10 +16,13 @@ class CommandError(Exception):
     """A request that cannot be carried out; the message goes to the user, without a traceback."""
 
 
-def check_writable(option: str, path: Path) -> None:
-    """Before hours of work, not after; a file that is there is left as it is."""
+def check_writable(option: str, path: Path, first: Path | None = None) -> None:
+    """Before hours of work, not after; a file that is there is left as it is.
+
+    first: what is written first, where `path` is a folder.
+    """
     try:
-        files.check(path)
+        files.check(path if first is None else first)
     except OSError as error:
         raise CommandError(f"{option} {path} cannot be written: {error.strerror}") from error
 
