@@ -10,7 +10,6 @@ its rows are used. Nothing here knows of recipes, and nothing but safetensors an
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ from safetensors.torch import save_file
 
 from nvfp4lab import files
 from nvfp4lab.checked_json import parse, plain_name
+from nvfp4lab.checks import unknown
 
 METADATA_KEY = "nvfp4lab"
 CAPTURE_FILE = "capture.json"
@@ -263,11 +263,7 @@ def _shipped(name: str) -> dict[str, Any]:
     manifest = data_folder() / "manifest.json"
     sets = parse(manifest.read_bytes(), manifest, {str: SET})
     if name not in sets:
-        near = difflib.get_close_matches(str(name), sets, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"unknown activation set {name!r}, expected one of {', '.join(sets)}{hint}"
-        )
+        raise ValueError(unknown("activation set", name, sets))
     return sets[name]
 
 

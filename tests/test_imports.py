@@ -40,9 +40,9 @@ MAY_IMPORT = {
     "files": set(),
     "checked_json": set(),
     "checks": set(),
-    "records": {"files", "checked_json"},
+    "records": {"files", "checked_json", "checks"},
     "capture": {"files", "records", "checked_json"},
-    "controls": {"records"},
+    "controls": {"records", "checks"},
     "runs": {"files"},
     "publish": set(),
 }

@@ -45,30 +45,28 @@ def named_recipes(reading: Reading) -> list[Recipe]:
         if recipe.search is not None and recipe.search.factors is None:
             continue
         if reading.outer is None:
-            recipe, outer = _without_outer(recipe), None
+            changes = _without_outer(recipe)
         elif recipe.outer is not None:
-            outer = replace(recipe.outer, per=reading.outer_per)
+            changes = {"outer.per": reading.outer_per}
         else:
             outer = Outer(per=reading.outer_per)  # type: ignore[arg-type]
-            recipe = replace(recipe, scale=replace(recipe.scale, formula="amax / d / g"))
-        found.append(replace(recipe, outer=outer))
+            changes = {"outer": outer, "scale.formula": "amax / d / g"}
+        found.append(recipe.changed(changes, recipe.name))
     return found
 
 
-def _without_outer(recipe: Recipe) -> Recipe:
-    """The recipe's formulas as they are read where no outer scale stands in them."""
+def _without_outer(recipe: Recipe) -> dict[str, object]:
+    """What changes where a recipe has no outer scale: its formulas, as they are then read."""
     if recipe.outer is None:
-        return recipe
-    elements, scale, search = recipe.elements, recipe.scale, recipe.search
-    reciprocal = elements.formula in ("x * min(1 / (s * g), FLOAT32_MAX)", "x * (G / s)")
-    if elements.formula not in WITHOUT_OUTER["elements.formula"]:
-        formula = WITHOUT_OUTER["elements.formula"][reciprocal]
-        elements = replace(elements, formula=formula)
-    folded = "1 / d" in scale.formula
-    scale = replace(scale, formula=WITHOUT_OUTER["scale.formula"][folded])
-    if search is not None:
-        search = replace(search, decoding=DECODINGS[0])
-    return replace(recipe, elements=elements, scale=scale, search=search)
+        return {}
+    formula, folded = recipe.elements.formula, "1 / d" in recipe.scale.formula
+    reciprocal = formula in ("x * min(1 / (s * g), FLOAT32_MAX)", "x * (G / s)")
+    changes = {"outer": None, "scale.formula": WITHOUT_OUTER["scale.formula"][folded]}
+    if formula not in WITHOUT_OUTER["elements.formula"]:
+        changes["elements.formula"] = WITHOUT_OUTER["elements.formula"][reciprocal]
+    if recipe.search is not None:
+        changes["search.decoding"] = DECODINGS[0]
+    return changes
 
 
 class Fit:
