@@ -34,6 +34,15 @@ def require_tensor(
         raise ValueError(f"{name} is on a device that holds its values, got meta")
 
 
+def require_matrix(
+    name: str, given: torch.Tensor, dtypes: tuple[torch.dtype, ...] | None = None
+) -> None:
+    """As `require_tensor`, and ValueError for other than two dimensions."""
+    require_tensor(name, given, dtypes)
+    if given.ndim != 2:
+        raise ValueError(f"{name} has two dimensions, got shape {tuple(given.shape)}")
+
+
 def unknown(what: str, given: object, known: Collection[str]) -> str:
     """What is said of a name that is none of the known ones: the nearest of them, or all."""
     near = difflib.get_close_matches(str(given), known, n=3, cutoff=0.5)

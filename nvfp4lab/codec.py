@@ -135,7 +135,7 @@ def check_input(x: torch.Tensor, recipe: Recipe, outer, generator) -> None:
         raise ValueError(f"a generator was given, but {recipe.name} draws no random numbers")
     if outer is None:
         return
-    if recipe.outer is None or recipe.outer.per != "tensor":
+    if recipe.outer_per != "tensor":
         has = "an outer scale for each token" if recipe.outer else "no outer scale"
         raise ValueError(f"an outer scale was given, but {recipe.name} has {has}")
     if isinstance(outer, torch.Tensor):

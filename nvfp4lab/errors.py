@@ -57,8 +57,7 @@ def measure(
     if not isinstance(q, Quantized):
         recipe = catalogue.recipe(q)
         check_input(x, recipe, outer, generator)
-        per_tensor = recipe.outer is not None and recipe.outer.per == "tensor"
-        scale = find_outer(x, recipe, outer) if per_tensor else None
+        scale = find_outer(x, recipe, outer) if recipe.outer_per == "tensor" else None
         return measure_rows(x, recipe, scale, generator)
     if outer is not None or generator is not None:
         raise ValueError("outer and generator are for quantizing; q is quantized already")
@@ -92,7 +91,6 @@ def measure_rows(
     outer: the scale of the whole where the recipe has one for the tensor. source, first_token: name
     the worst blocks, row 0 of x being row `first_token` of the source.
     """
-    per_token = recipe.outer is not None and recipe.outer.per == "token"
     scale = OuterScale.one(x.device) if outer is None else outer
     walk = _Walk(x, recipe)
 
@@ -107,7 +105,7 @@ def measure_rows(
                 staged.scales.view(-1),
                 staged.outer,
             )
-        if per_token and piece.block == 0:
+        if recipe.outer_per == "token" and piece.block == 0:
             scale = find_outer(rows, recipe)
         codes, stored = _quantized(piece, blocks, scale, recipe, x, generator)
         return codes, stored, None if recipe.outer is None else scale.decode

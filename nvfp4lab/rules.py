@@ -19,6 +19,8 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, Literal, get_args, get_type_hints
 
+import torch
+
 from nvfp4lab.checks import unknown
 from nvfp4lab.formats import E2M1, E4M3, Format, Overflow, Rounding, Subnormals
 
@@ -108,6 +110,10 @@ class Scale(_Part):
     subnormals: Subnormals = "gradual"
     overflow: Overflow = "saturate"
     of_zero: float = 0.0  # stored in place of a scale that was rounded to 0
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        """The value of each stored scale: of a code, or of a float32 scale itself: float32."""
+        return stored if self.format is None else self.format.decode(stored)
 
 
 @dataclass(frozen=True)
@@ -212,6 +218,11 @@ class Recipe:
     outer: Outer | None = None
     specials: Specials = Specials()
     search: Search | None = None
+
+    @property
+    def outer_per(self) -> Literal["token", "tensor"] | None:
+        """Of what it has an outer scale: each token, the tensor, or nothing."""
+        return None if self.outer is None else self.outer.per
 
     def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
         """The decisions in which two recipes differ: {"scale.rounding": (own, other's)}; of a part

@@ -27,6 +27,7 @@ LAYERS = (
     {"blocks"},
     {"lookup"},
     {"codec"},
+    {"contract"},
     {"staging"},
     {"errors"},
     {"sweeps", "theory", "diagnose", "experts", "benchmarks"},

@@ -10,8 +10,6 @@ from nvfp4lab import files
 from nvfp4lab.cli.command import CommandError, check_writable, say
 
 PARTS = ("staging", "dequantize", "measure", "host", "cpu")
-
-
 PICTURES = (".png", ".pdf", ".svg")
 
 

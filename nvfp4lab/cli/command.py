@@ -5,6 +5,7 @@ Names of files and sites come from whoever wrote them; a terminal obeys some of 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -22,6 +23,13 @@ def check_writable(option: str, path: Path) -> None:
         files.check(path)
     except OSError as error:
         raise CommandError(f"{option} {path} cannot be written: {error.strerror}") from error
+
+
+def count(text: str) -> int:
+    """An argument that is a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)
 
 
 def say(text: object, file: TextIO | None = None) -> None:

@@ -93,7 +93,7 @@ def _worst(
         "ee": ee,
         "amax": amax,
         "scale_code": torch.full_like(index, -1) if fmt is None else stored.long(),
-        "scale": stored if fmt is None else fmt.decode(stored),
+        "scale": recipe.scale.decode(stored),
         "outer": outer if has_outer else torch.full_like(outer, math.nan),
         "x": x,
     }

@@ -162,7 +162,7 @@ def sweep_statistics(
         by_site.setdefault((shard.layer, shard.site), []).append(shard)
     with State(state, found, failures) as store:
         run = _Run(executor, rows, in_flight, store, progress, failures)
-        largest = run.find_largest(found, [r for r in chosen if _per_tensor(r)])
+        largest = run.find_largest(found, [r for r in chosen if r.outer_per == "tensor"])
         entries = {
             (label_of(*site), recipe.name): store.load(_empty(site, own, recipe, largest))
             for site, own in by_site.items()
@@ -290,7 +290,7 @@ def _empty(
 ) -> Entry:
     """Nothing counted yet of one site under one recipe."""
     of_site = None
-    if _per_tensor(recipe):
+    if recipe.outer_per == "tensor":
         of_site = Largest(0.0, False, False)
         for shard in shards:
             of_site = of_site.with_(largest.get(shard.path, of_site))
@@ -304,10 +304,6 @@ def _recipes(given: str | Recipe | Sequence[str | Recipe]) -> list[Recipe]:
     if not chosen or len(set(names)) < len(names):
         raise ValueError(f"expected one recipe or more, each of another name, got {names}")
     return chosen
-
-
-def _per_tensor(recipe: Recipe) -> bool:
-    return recipe.outer is not None and recipe.outer.per == "tensor"
 
 
 def _said(error: Exception) -> str:

@@ -109,8 +109,7 @@ def predict(
             f"{blocks.left_out} have a NaN or an Inf"
         )
     rms = np.sqrt(np.square(blocks.rms).sum() / count)
-    per_token = recipe.outer is not None and recipe.outer.per == "token"
-    elements = x.shape[-1] if per_token else x.numel()
+    elements = x.shape[-1] if recipe.outer_per == "token" else x.numel()
     with np.errstate(all="ignore"):  # a density may overflow far out
         one_sigma = integrated(shape.scaled(float(rms)), recipe, elements, outer)
         sigma = _without_chance(blocks.rms, shape, recipe.scale.block)
