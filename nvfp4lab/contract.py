@@ -8,7 +8,7 @@ to `kernels.staging.DECISIONS`. A rule about one tensor is changed in its row of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -99,7 +99,7 @@ def check(buffers: Buffers, recipe: Recipe) -> None:
 
 
 def _check_tensor(
-    name: str, tensor: torch.Tensor, rule: _Rule, sizes: dict[str, int], device: torch.device
+    name: str, tensor: Any, rule: _Rule, sizes: dict[str, int], device: torch.device
 ) -> None:
     require_tensor(name, tensor, rule.dtypes)
     shape, strides = tuple(tensor.shape), tensor.stride()

@@ -5,7 +5,9 @@ int64 [T, k] and `topk_weights` float32 [T, k]. Its one metadata entry, "nvfp4la
 site, and the provenance (one entry, because safetensors writes several in no fixed order and the
 bytes would not repeat). A folder of records may hold a capture.json, which then says which files
 count (capture/folder.py writes it). Tensors are mapped, not read: a record costs memory only where
-its rows are used. Nothing here knows of recipes, and nothing but safetensors and JSON is read.
+its rows are used. Nothing here knows of recipes, and nothing but safetensors and JSON is read. May
+be changed: another tensor of a record is added to DTYPES and to `Activations`; files that are there
+have to stay readable.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """`stage_mega_moe_inputs` on a GPU: every recipe with a staging kernel, the seed, the yardstick.
 
 All of a case's rivals work on the same buffers in one race. What they wrote is held against
-`quantize` afterwards: a kernel that is fast because it does something else is not measured.
+`quantize` afterwards: a kernel that is fast because it does something else is not measured. To race
+another kernel, hand it in as a `Peer`.
 """
 
 from __future__ import annotations

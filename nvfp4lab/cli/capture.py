@@ -1,4 +1,8 @@
-"""nvfp4lab capture: what enters the experts of a Hugging Face model, into a capture folder."""
+"""nvfp4lab capture: what enters the experts of a Hugging Face model, into a capture folder.
+
+What is recorded is `capture`'s; here a model is loaded and fed with prompts. To feed it otherwise,
+change `run`.
+"""
 
 from __future__ import annotations
 

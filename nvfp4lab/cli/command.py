@@ -1,6 +1,8 @@
 """What every command may raise, how it refuses a file that it could not write, and how it prints.
 
 Names of files and sites come from whoever wrote them; a terminal obeys some of what text can hold.
+For every module of the folder: what two commands do alike stands here (`shards` has what two share
+that read captures).
 """
 
 from __future__ import annotations

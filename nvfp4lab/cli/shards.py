@@ -1,5 +1,8 @@
 """What `sweep` and `report` share: what is measured by which recipes, where it is computed, and the
-file that comes of it."""
+file that comes of it.
+
+An option of both commands is added here; one of a single command there.
+"""
 
 from __future__ import annotations
 

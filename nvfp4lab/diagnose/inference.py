@@ -2,7 +2,8 @@
 
 From the named recipes that agree best, each decision in turn takes the choice that explains the
 most bytes, until none improves; then each goes back to the plainest choice that explains as many.
-Scales come first, then codes under the scales that were stored.
+Scales come first, then codes under the scales that were stored. May be changed: how long it
+searches (STARTS, PAIRS_UP_TO) and when evidence counts (MARGIN, POOR).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
     largest.json                     each shard's largest magnitude, for outer scales per tensor
 
 Each file is replaced as a whole, so Statistics and their rows always go together: a kill loses what
-was counted in the last seconds and nothing is counted twice.
+was counted in the last seconds and nothing is counted twice. May be changed: what the note says,
+with NOTE; a folder that is there has to stay readable, or be refused in words.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A recipe becomes blocks (`plain`, `four_over_six`) and perhaps an outer scale over them
 (`outer_scales`). The same integral is taken at growing resolutions until two agree; their
-difference is the error estimate.
+difference is the error estimate. A recipe that the theory cannot follow is refused in `check`; take
+it out there when it can.
 """
 
 from __future__ import annotations

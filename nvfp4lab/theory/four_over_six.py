@@ -7,8 +7,9 @@ the step 1{D > 0}: a square wave of a half period that |D| does not reach,
 
     1{D > 0} = 1/2 + 2/pi sum over odd k of sin(pi k D / half) / k.
 
-Where both scales decode to the same value, d is 0. Blocks with no or one element elsewhere make
-the series converge slowly; they are summed exactly and taken out of it.
+Where both scales decode to the same value, d is 0. Blocks with no or one element elsewhere make the
+series converge slowly; they are summed exactly and taken out of it. May be changed: HIGHEST and
+CONVERGED, against tests/theory_oracles.py.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ others have theirs below A. So a block's expectation is the mean over A of
 With A's distribution written exp(-exp(-z)), the mean is over the standard Gumbel law of z, of a
 function that is smooth in z for light and for heavy tails alike: a Gauss rule of that law needs a
 dozen nodes. An outer scale that is a power of two is constant over an octave of A, and nothing has
-to be averaged: blocks whose largest is below a, where all are, are counted at the octave's ends.
+to be averaged: blocks whose largest is below a, where all are, are counted at the octave's ends. A
+new rule of `rules.Outer` gets its place in `outer_scale`, and its corners in `_panels`.
 """
 
 from __future__ import annotations
