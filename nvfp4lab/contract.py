@@ -1,8 +1,9 @@
 """The staging contract: which recipes are staged, and what each tensor of a call has to be.
 
-Its words are the docstring of `staging.stage_mega_moe_inputs`; `check` holds a call to them before
-anything is written. To make another recipe stageable, name it in STAGEABLE and give its decisions
-to `kernels.staging.DECISIONS`. A rule about one tensor is changed in its row of `_CONTRACT`.
+Its words are the docstring of `staging.stage_mega_moe_inputs`; `check_buffers` holds a call to them
+before anything is written. To make another recipe stageable, name it in STAGEABLE and give its
+decisions to `kernels.staging.DECISIONS`. A rule about one tensor is changed in its row of
+`_CONTRACT`.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def stageable(recipe: str | Recipe) -> Recipe:
     return recipe
 
 
-def check(buffers: Buffers, recipe: Recipe) -> None:
+def check_buffers(buffers: Buffers, recipe: Recipe) -> None:
     """Hold the tensors to the contract: the seed's two conditions, then `_CONTRACT`."""
     for name in ("hidden_states", "topk_ids", "topk_weights"):
         require_matrix(name, getattr(buffers, name))

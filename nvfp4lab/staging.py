@@ -18,7 +18,7 @@ import torch
 from nvfp4lab import layouts
 from nvfp4lab.checks import require_matrix
 from nvfp4lab.codec import quantize
-from nvfp4lab.contract import Buffers, check, stageable
+from nvfp4lab.contract import Buffers, check_buffers, stageable
 from nvfp4lab.quantized import Quantized
 from nvfp4lab.rules import Recipe
 
@@ -170,7 +170,7 @@ def stage_mega_moe_inputs(
 
 def _prepare(buffers: Buffers, recipe: Recipe) -> Callable[[Buffers], None]:
     """Check the buffers; then what stages these and any that are alike."""
-    check(buffers, recipe)
+    check_buffers(buffers, recipe)
     device = buffers.hidden_states.device
     if not _runs_kernel(device):
         return functools.partial(_stage_in_torch, recipe=recipe)

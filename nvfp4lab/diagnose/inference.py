@@ -85,14 +85,14 @@ class Fit:
         if self._hopeless(ranked[0]):
             return ranked[0]
         if not self.wrong(ranked[0]):
-            tried = [self._from(plainest), ranked[0]]
+            tried = [self._set_out_from(plainest), ranked[0]]
         else:
             scales = min(starts, key=self.seen.wrong_scales)
             codes = min(starts, key=self.seen.wrong_codes)
             mixed = replace(codes, scale=scales.scale, search=scales.search)
             tried = []
             for start in (mixed, *ranked[:STARTS]):
-                tried.append(self._from(start))
+                tried.append(self._set_out_from(start))
                 if not self.wrong(tried[-1]):
                     break
         found = [self.simplified(recipe) for recipe in tried]
@@ -110,7 +110,7 @@ class Fit:
         for named in starts:
             if not self.wrong(named):
                 return self.simplified(named)
-        return self.simplified(self._from(recipe)) if self.wrong(recipe) else recipe
+        return self.simplified(self._set_out_from(recipe)) if self.wrong(recipe) else recipe
 
     def wrong(self, recipe: Recipe) -> int:
         """How many scales and codes the recipe does not give."""
@@ -124,7 +124,7 @@ class Fit:
     def _choices(self, decision: Decision, recipe: Recipe) -> list:
         return choices(decision, recipe, self.seen, self.suggestions)
 
-    def _from(self, recipe: Recipe) -> Recipe:
+    def _set_out_from(self, recipe: Recipe) -> Recipe:
         for judged_by in ("scales", "codes"):
             recipe = self._descend(recipe, judged_by)
             left = self._wrong(recipe, judged_by)

@@ -33,7 +33,7 @@ class Largest(NamedTuple):
     has_nan: bool
     has_inf: bool
 
-    def with_(self, other: Largest) -> Largest:
+    def joined(self, other: Largest) -> Largest:
         """Of both."""
         nan, inf = self.has_nan or other.has_nan, self.has_inf or other.has_inf
         return Largest(max(self.amax, other.amax), nan, inf)

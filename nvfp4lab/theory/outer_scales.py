@@ -24,7 +24,7 @@ import numpy as np
 
 from nvfp4lab.outer import POWERS_OF_TWO
 from nvfp4lab.rules import Outer
-from nvfp4lab.theory.integrals import BlockLaw, Sums, between, on, power_tail
+from nvfp4lab.theory.integrals import BlockLaw, Sums, between, nodes_on, power_tail
 from nvfp4lab.theory.laws import Law
 from nvfp4lab.theory.steps import Cells
 
@@ -179,7 +179,7 @@ def gumbel_rule(low: float, high: float, nodes: int) -> tuple[np.ndarray, np.nda
     small, fewer nodes do.
     """
     fine = np.linspace(low, high, 1 + math.ceil(2 * (high - low)))
-    z, weight = (part.ravel() for part in on(fine[:-1], fine[1:], 10))
+    z, weight = (part.ravel() for part in nodes_on(fine[:-1], fine[1:], 10))
     weight = weight * np.exp(-z - np.exp(-z))
     mass = weight.sum()
     nodes = max(2, nodes + math.ceil(math.log10(mass) / 2))

@@ -27,10 +27,10 @@ from nvfp4lab.statistics import Statistics
 from nvfp4lab.theory.expectation import (
     Expectation,
     blocks_of,
-    check,
     expectation,
     integrated,
     over_all,
+    require_theory,
 )
 from nvfp4lab.theory.integrals import UNENCODED, BlockLaw, Sums
 from nvfp4lab.theory.laws import Law
@@ -100,7 +100,7 @@ def predict(
     [['one sigma', 20.4], ['block sigmas', 20.4], ['measured', 20.4]]
     """
     recipe = catalogue.recipe(recipe)
-    check(recipe)
+    require_theory(recipe)
     measured = measure(x, recipe, outer=outer, generator=generator)
     shape, blocks = law_of(law, 1.0), _blocks(x, recipe, outer)
     count = len(blocks.rms) + blocks.zeros
