@@ -131,7 +131,7 @@ def encode_elements(
     if specials.zero_scale != "divides":
         zero = torch.zeros((), dtype=torch.float32, device=quotient.device)
         kept = zero if specials.zero_scale == "codes +0" else zero.copysign(blocks.x)
-        quotient = quotient.where(_decoded(stored, recipe) != 0, kept)
+        quotient = quotient.where(recipe.scale.decode(stored) != 0, kept)
     if rule.overflow == "sign bit":
         quotient = quotient.where(~quotient.isinf(), math.nan)
     if rule.rounding == "least distance":
@@ -166,10 +166,6 @@ def _nan_codes(blocks: Blocks, s: torch.Tensor, recipe: Recipe) -> torch.Tensor 
     code = torch.full_like(s, specials.nan_code).where(~nan_scale, of_scale).to(torch.uint8)
     made = ~x.isnan() & ~blocks.amax.isnan() & ~outer_nan
     return code | (made | (x.isnan() & x.signbit())) * sign_mask
-
-
-def _decoded(stored: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    return stored if recipe.scale.format is None else recipe.scale.format.decode(stored)
 
 
 def divisor_scale(stored: torch.Tensor, raw: torch.Tensor, recipe: Recipe) -> torch.Tensor:

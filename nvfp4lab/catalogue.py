@@ -11,10 +11,10 @@ peer's own files gave, taken out of its wheel, is data/by_source.json.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import replace
 from typing import Literal
 
+from nvfp4lab.checks import unknown
 from nvfp4lab.formats import E4M3, E8M0, INT4, UE5M3
 from nvfp4lab.rules import FLOAT32_MAX, Elements, Outer, Recipe, Scale, Search, Specials
 
@@ -353,7 +353,5 @@ def recipe(name: str | Recipe) -> Recipe:
     if not isinstance(name, str):
         raise TypeError(f"a recipe is a name or a Recipe, got {type(name).__name__}")
     if name not in _RECIPES:
-        near = difflib.get_close_matches(name, _RECIPES, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_RECIPES)}"
-        raise ValueError(f"unknown recipe {name!r}; {hint}")
+        raise ValueError(unknown("recipe", name, _RECIPES))
     return _RECIPES[name]

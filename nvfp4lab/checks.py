@@ -1,10 +1,13 @@
-"""What a public function asks of a tensor before it looks into it.
+"""What a public function asks of a tensor or a name before it looks into it.
 
-One check, so that whatever is given in its place meets the same words. May be changed: what else no
-function here can read.
+One check of each, so that whatever is given in its place meets the same words. May be changed: what
+else no function here can read.
 """
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
 
 import torch
 
@@ -29,3 +32,19 @@ def require_tensor(
         raise ValueError(f"{name} has {least_ndim} dimensions or more, got {tuple(given.shape)}")
     if given.is_meta:
         raise ValueError(f"{name} is on a device that holds its values, got meta")
+
+
+def require_matrix(
+    name: str, given: torch.Tensor, dtypes: tuple[torch.dtype, ...] | None = None
+) -> None:
+    """As `require_tensor`, and ValueError for other than two dimensions."""
+    require_tensor(name, given, dtypes)
+    if given.ndim != 2:
+        raise ValueError(f"{name} has two dimensions, got shape {tuple(given.shape)}")
+
+
+def unknown(what: str, given: object, known: Collection[str]) -> str:
+    """What is said of a name that is none of the known ones: the nearest of them, or all."""
+    near = difflib.get_close_matches(str(given), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(known)}"
+    return f"unknown {what} {given!r}; {hint}"

@@ -4,7 +4,8 @@ Two passes over the input, in chunks of blocks, so that memory beyond input and 
 however large they are: one for the outer scale (`outer`), where there is one, and one that takes
 each block to its codes (`blocks`). This is the reference that the kernels are held against; it
 imports none of them. Much BF16 on a CPU takes a third way, by a table of what `blocks` does
-(`lookup`), to the same bytes.
+(`lookup`), to the same bytes. What a recipe means is changed in `blocks` and `outer`; here, how a
+tensor is walked over and which way is taken.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def check_input(x: torch.Tensor, recipe: Recipe, outer, generator) -> None:
         raise ValueError(f"a generator was given, but {recipe.name} draws no random numbers")
     if outer is None:
         return
-    if recipe.outer is None or recipe.outer.per != "tensor":
+    if recipe.outer_per != "tensor":
         has = "an outer scale for each token" if recipe.outer else "no outer scale"
         raise ValueError(f"an outer scale was given, but {recipe.name} has {has}")
     if isinstance(outer, torch.Tensor):

@@ -7,7 +7,6 @@ the site's hidden states to what can draw: scipy's frozen distributions, or an o
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ import scipy.optimize
 import scipy.stats
 import torch
 
+from nvfp4lab.checks import unknown
 from nvfp4lab.records import Activations
 
 BF16_MAGNITUDES, BF16_INFINITY = 2**15, 0x7F80
@@ -73,9 +73,7 @@ def fit(hidden: torch.Tensor, law: str) -> Any:
     one with NaN or Inf, and one without a nonzero element.
     """
     if law not in LAWS:
-        near = difflib.get_close_matches(str(law), LAWS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown law {law!r}, expected one of {', '.join(LAWS)}{hint}")
+        raise ValueError(unknown("law", law, LAWS))
     if hidden.dtype != torch.bfloat16 or hidden.ndim != 2:
         raise ValueError(f"expected BF16 [T, D], got {hidden.dtype} {tuple(hidden.shape)}")
     counts = magnitude_counts(hidden)

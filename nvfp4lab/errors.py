@@ -57,8 +57,7 @@ def measure(
     if not isinstance(q, Quantized):
         recipe = catalogue.recipe(q)
         check_input(x, recipe, outer, generator)
-        per_tensor = recipe.outer is not None and recipe.outer.per == "tensor"
-        scale = find_outer(x, recipe, outer) if per_tensor else None
+        scale = find_outer(x, recipe, outer) if recipe.outer_per == "tensor" else None
         return measure_rows(x, recipe, scale, generator)
     if outer is not None or generator is not None:
         raise ValueError("outer and generator are for quantizing; q is quantized already")
@@ -92,7 +91,6 @@ def measure_rows(
     outer: the scale of the whole where the recipe has one for the tensor. source, first_token: name
     the worst blocks, row 0 of x being row `first_token` of the source.
     """
-    per_token = recipe.outer is not None and recipe.outer.per == "token"
     scale = OuterScale.one(x.device) if outer is None else outer
     walk = _Walk(x, recipe)
 
@@ -107,9 +105,9 @@ def measure_rows(
                 staged.scales.view(-1),
                 staged.outer,
             )
-        if per_token and piece.block == 0:
+        if recipe.outer_per == "token" and piece.block == 0:
             scale = find_outer(rows, recipe)
-        codes, stored = _quantized(piece, blocks, scale, recipe, x, generator)
+        codes, stored = _codes_in_torch(piece, blocks, scale, recipe, x, generator)
         return codes, stored, None if recipe.outer is None else scale.decode
 
     return walk.tallied(quantized, source, first_token)
@@ -158,7 +156,7 @@ def _staged(rows: torch.Tensor, recipe: Recipe) -> Quantized | None:
         return None
 
 
-def _quantized(
+def _codes_in_torch(
     piece: Piece,
     part: torch.Tensor,
     scale: OuterScale,
@@ -230,7 +228,7 @@ def element_errors(x: torch.Tensor, q: Quantized | Recipe | str) -> pd.DataFrame
 
     x, q: as of `measure`, of a size for a frame. NaN and Inf stand as they are.
     """
-    x, q = _pair(x, q)
+    x, q = _quantized_pair(x, q)
     token, channel = _places(x.shape[-1], x.numel())
     decoded = q.dequantize()
     columns = {"x": x.float(), "code": q.element_codes(), "q": decoded}
@@ -248,7 +246,7 @@ def block_errors(x: torch.Tensor, q: Quantized | Recipe | str) -> pd.DataFrame:
     to NaN or Inf, amax and crest are of the finite elements of x. scale_code is None where scales
     are float32, outer where the recipe has none. x, q: as of `measure`, of a size for a frame.
     """
-    x, q = _pair(x, q)
+    x, q = _quantized_pair(x, q)
     token, block = _places(q.scales.shape[-1], q.scales.numel())
     frame = _sums(x, q, q.recipe.scale.block)
     stored = q.scales.flatten().cpu().numpy()
@@ -266,7 +264,7 @@ def block_errors(x: torch.Tensor, q: Quantized | Recipe | str) -> pd.DataFrame:
 def token_errors(x: torch.Tensor, q: Quantized | Recipe | str) -> pd.DataFrame:
     """A row a token: columns token, amax, crest, outer, xx, ee, xq, flushed, lost, nmse, qsnr_db,
     gain; as `block_errors`, with crest that of the whole row."""
-    x, q = _pair(x, q)
+    x, q = _quantized_pair(x, q)
     frame = _sums(x, q, max(1, x.shape[-1]))
     outer = [None] * len(frame["xx"])
     if q.outer is not None:
@@ -294,7 +292,7 @@ def sampled_nmse(frame: pd.DataFrame) -> tuple[float, float]:
     return float(nmse), float(spread * math.sqrt(len(frame)) / xx.sum())
 
 
-def _pair(x: torch.Tensor, q: Quantized | Recipe | str) -> tuple[torch.Tensor, Quantized]:
+def _quantized_pair(x: torch.Tensor, q: Quantized | Recipe | str) -> tuple[torch.Tensor, Quantized]:
     _check_order(x, q)
     x = x.detach() if isinstance(x, torch.Tensor) else x
     q = q if isinstance(q, Quantized) else quantize(x, q)

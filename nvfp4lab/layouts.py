@@ -9,17 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from nvfp4lab.checks import INTEGERS, require_tensor
+from nvfp4lab.checks import INTEGERS, require_matrix, require_tensor
 
 TILE_ROWS, TILE_COLUMNS = 128, 4
 GGUF_BLOCK, GGUF_SUBBLOCK = 64, 16
-
-
-def require_matrix(name: str, given: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raises: TypeError for no tensor of that dtype, ValueError for one that is no matrix."""
-    require_tensor(name, given, (dtype,))
-    if given.ndim != 2:
-        raise ValueError(f"{name} has two dimensions, got shape {tuple(given.shape)}")
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
@@ -65,7 +58,7 @@ def to_tiles(scales: torch.Tensor) -> torch.Tensor:
     scale of (row, column) lies at row % 32 * 16 + row % 128 // 32 * 4 + column % 4; the tiles
     follow each other row-major. The shape says how much there is; the order is that of the bytes.
     """
-    require_matrix("scales", scales, torch.uint8)
+    require_matrix("scales", scales, (torch.uint8,))
     rows, columns = scales.shape
     high, wide = -(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)
     padded = scales.new_zeros(high * TILE_ROWS, wide * TILE_COLUMNS)
@@ -99,7 +92,7 @@ def to_mn_major(scales: torch.Tensor) -> torch.Tensor:
 
     Raises: ValueError if B is not a multiple of 4.
     """
-    require_matrix("scales", scales, torch.uint8)
+    require_matrix("scales", scales, (torch.uint8,))
     words = to_words(scales)
     rows = words.shape[0]
     high = -(-rows // TILE_ROWS)
@@ -132,8 +125,8 @@ def to_gguf(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
     Raises: ValueError if K is not a multiple of 64.
     """
-    require_matrix("codes", codes, torch.uint8)
-    require_matrix("scales", scales, torch.uint8)
+    require_matrix("codes", codes, (torch.uint8,))
+    require_matrix("scales", scales, (torch.uint8,))
     rows, width = codes.shape[0], codes.shape[1] * 2
     if scales.shape != (rows, width // GGUF_SUBBLOCK):
         raise ValueError(f"codes {tuple(codes.shape)} do not go with scales {tuple(scales.shape)}")

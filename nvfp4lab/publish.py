@@ -3,7 +3,8 @@
 Used by `nvfp4lab study`; knows nothing of formats, recipes or plots. A page is one file that loads
 nothing: styles and pictures are inside, there is no script, and its Content-Security-Policy tells
 the browser to fetch nothing. The look is in templates/study/. nbconvert's own templates load
-require.js, MathJax and mermaid from other hosts, so none is used; write formulas in Unicode.
+require.js, MathJax and mermaid from other hosts, so none is used; write formulas in Unicode. May be
+changed: what kinds of outputs are shown (_SHOWN), as long as a page fetches nothing.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from nvfp4lab import catalogue, layouts
-from nvfp4lab.checks import require_tensor
+from nvfp4lab.checks import require_tensor, unknown
 from nvfp4lab.formats import E2M1, E4M3, E8M0, UE5M3
 from nvfp4lab.rules import Recipe
 
@@ -66,8 +66,7 @@ class Quantized:
 
     def decoded_scales(self) -> torch.Tensor:
         """The value of each block scale, outer scale not included: float32 (..., K // block)."""
-        fmt = self.recipe.scale.format
-        return self.scales if fmt is None else fmt.decode(self.scales)
+        return self.recipe.scale.decode(self.scales)
 
     def without_padding(self, width: int) -> Quantized:
         """Its rows cut to their first `width` elements, where they were padded to be staged.
@@ -164,7 +163,7 @@ class Quantized:
         """
         recipe = catalogue.recipe(recipe)
         if layout not in SCALE_LAYOUTS:
-            raise ValueError(f"unknown scale layout {layout!r}; known: {', '.join(SCALE_LAYOUTS)}")
+            raise ValueError(unknown("scale layout", layout, SCALE_LAYOUTS))
         if outer_is not in ("decode", "encode"):
             raise ValueError(f"outer_is is 'decode' or 'encode', got {outer_is!r}")
         require_tensor("codes", codes, least_ndim=1)
@@ -228,8 +227,7 @@ def decode(
 
     largest: what a product of finite factors is clamped to.
     """
-    s = stored[:, None]
-    s = s if recipe.scale.format is None else recipe.scale.format.decode(s)
+    s = recipe.scale.decode(stored[:, None])
     value = recipe.elements.format.decode(codes) * s
     if g is not None:
         value *= g

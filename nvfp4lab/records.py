@@ -5,12 +5,13 @@ int64 [T, k] and `topk_weights` float32 [T, k]. Its one metadata entry, "nvfp4la
 site, and the provenance (one entry, because safetensors writes several in no fixed order and the
 bytes would not repeat). A folder of records may hold a capture.json, which then says which files
 count (capture/folder.py writes it). Tensors are mapped, not read: a record costs memory only where
-its rows are used. Nothing here knows of recipes, and nothing but safetensors and JSON is read.
+its rows are used. Nothing here knows of recipes, and nothing but safetensors and JSON is read. May
+be changed: another tensor of a record is added to DTYPES and to `Activations`; files that are there
+have to stay readable.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from safetensors.torch import save_file
 
 from nvfp4lab import files
 from nvfp4lab.checked_json import parse, plain_name
+from nvfp4lab.checks import unknown
 
 METADATA_KEY = "nvfp4lab"
 CAPTURE_FILE = "capture.json"
@@ -263,11 +265,7 @@ def _shipped(name: str) -> dict[str, Any]:
     manifest = data_folder() / "manifest.json"
     sets = parse(manifest.read_bytes(), manifest, {str: SET})
     if name not in sets:
-        near = difflib.get_close_matches(str(name), sets, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"unknown activation set {name!r}, expected one of {', '.join(sets)}{hint}"
-        )
+        raise ValueError(unknown("activation set", name, sets))
     return sets[name]
 
 

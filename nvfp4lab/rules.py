@@ -14,9 +14,14 @@ code. Each operation is one float32 rounding, read as written.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any, Literal, get_args, get_type_hints
 
+import torch
+
+from nvfp4lab.checks import unknown
 from nvfp4lab.formats import E2M1, E4M3, Format, Overflow, Rounding, Subnormals
 
 FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
@@ -58,25 +63,33 @@ class _Part:
     """Refuses a choice that its decision does not have, and a number that is none."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for name in (name for name, hint in hints.items() if hint is float):
+        choices = self.choices()
+        for name, hint in _hints(type(self)).items():
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value >= 0:
-                raise ValueError(
-                    f"{type(self).__name__}.{name}={value!r}; expected a number from 0 up"
-                )
-        for name, choices in self.choices().items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{type(self).__name__}.{name}={getattr(self, name)!r}; "
-                    f"expected one of {choices}"
-                )
+            if name in choices:
+                expected, fits = f"one of {choices[name]}", value in choices[name]
+            elif hint is float:
+                number = isinstance(value, (int, float))
+                expected, fits = "a number from 0 up", number and value >= 0
+            elif name == "block":
+                expected, fits = "a whole number from 1 up", type(value) is int and value >= 1
+            elif name == "format":
+                expected, fits = "one of nvfp4lab.formats", isinstance(value, hint)
+            else:
+                continue
+            if not fits:
+                raise ValueError(f"{type(self).__name__}.{name}={value!r}; expected {expected}")
 
     @classmethod
     def choices(cls) -> dict[str, tuple[str, ...]]:
         """The choices of each decision that is one of a few names."""
-        hints = {name: get_args(hint) for name, hint in get_type_hints(cls).items()}
+        hints = {name: get_args(hint) for name, hint in _hints(cls).items()}
         return {name: args for name, args in hints.items() if args and isinstance(args[0], str)}
+
+
+@cache
+def _hints(part: type) -> dict[str, Any]:
+    return get_type_hints(part)
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,10 @@ class Scale(_Part):
     subnormals: Subnormals = "gradual"
     overflow: Overflow = "saturate"
     of_zero: float = 0.0  # stored in place of a scale that was rounded to 0
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        """The value of each stored scale: of a code, or of a float32 scale itself: float32."""
+        return stored if self.format is None else self.format.decode(stored)
 
 
 @dataclass(frozen=True)
@@ -188,8 +205,9 @@ class Recipe:
     Raises: ValueError, in the parts, for a choice that a decision does not have.
 
     >>> nvfp4 = Recipe("a", "All as nvfp4.", "made up")
-    >>> Recipe("b", "Ties away.", "made up", Scale(rounding="ties-away")).differences(nvfp4)
-    {'scale.rounding': ('ties-away', 'ties-to-even')}
+    >>> away = nvfp4.changed({"scale.rounding": "ties-away"})
+    >>> away.name, away.differences(nvfp4)
+    ('a with scale.rounding ties-away', {'scale.rounding': ('ties-away', 'ties-to-even')})
     """
 
     name: str
@@ -201,10 +219,16 @@ class Recipe:
     specials: Specials = Specials()
     search: Search | None = None
 
+    @property
+    def outer_per(self) -> Literal["token", "tensor"] | None:
+        """Of what it has an outer scale: each token, the tensor, or nothing."""
+        return None if self.outer is None else self.outer.per
+
     def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
-        """The decisions in which two recipes differ: {"scale.rounding": (own, other's)}."""
+        """The decisions in which two recipes differ: {"scale.rounding": (own, other's)}; of a part
+        that one of them does not have, the part: {"outer": (None, other's)}."""
         found = {}
-        for part in ("scale", "elements", "outer", "specials", "search"):
+        for part in _PARTS:
             mine, theirs = getattr(self, part), getattr(other, part)
             if mine is None or theirs is None:
                 if mine != theirs:
@@ -215,3 +239,55 @@ class Recipe:
                 if pair[0] != pair[1]:
                     found[f"{part}.{decision.name}"] = pair
         return found
+
+    def changed(self, decisions: Mapping[str, object], name: str | None = None) -> Recipe:
+        """The recipe with these decisions in place of its own, under the names that `differences`
+        gives them: {"elements.rounding": "ties-away", "outer": None}.
+
+        name: of the new recipe; None: this one's with the decisions that differ behind it. Summary
+        and source stay.
+
+        Raises: ValueError for a decision that there is not or a choice that it does not have,
+        TypeError for a part of another kind.
+        """
+        recipe: Any = self
+        for path, choice in decisions.items():
+            recipe = replace(recipe, **_part_with(recipe, path, choice))
+        if name is None:
+            differing = {path: own for path, (own, _) in recipe.differences(self).items()}
+            said = ", ".join(f"{path} {_said(choice)}" for path, choice in differing.items())
+            name = self.name + (f" with {said}" if said else "")
+        return replace(recipe, name=name)
+
+
+_PARTS = {"scale": Scale, "elements": Elements, "outer": Outer, "specials": Specials}
+_PARTS |= {"search": Search}
+_DECISIONS = [
+    name
+    for part, kind in _PARTS.items()
+    for name in (part, *(f"{part}.{decision.name}" for decision in fields(kind)))
+]
+
+
+def _part_with(recipe: Recipe, path: str, choice: Any) -> dict[str, Any]:
+    """The part that a decision is of, where it is this choice."""
+    if path not in _DECISIONS:
+        raise ValueError(unknown("decision", path, _DECISIONS))
+    part, dot, decision = path.partition(".")
+    kind, own = _PARTS[part], getattr(recipe, part)
+    if not dot:
+        if not isinstance(choice, kind) and not (choice is None and part in ("outer", "search")):
+            raise TypeError(f"{part} is a rules.{kind.__name__}, got {type(choice).__name__}")
+        return {part: choice}
+    if own is None:
+        raise ValueError(
+            f"{recipe.name} has no {part} and so no {path}; give {part!r} a rules.{kind.__name__}"
+        )
+    return {part: replace(own, **{decision: choice})}
+
+
+def _said(choice: object) -> str:
+    """A choice in the name of a recipe."""
+    if isinstance(choice, Format):
+        return choice.name
+    return "of its own" if isinstance(choice, _Part) else str(choice).lower()

@@ -1,7 +1,8 @@
 """Notebooks run: `execute` in a kernel of this interpreter, `normalise` for committing.
 
 Used by `nvfp4lab study`; what becomes of the notebook that comes back is `publish`'s. Knows nothing
-of formats, recipes or plots.
+of formats, recipes or plots. May be changed: what else is no result and differs between runs is
+taken out in `normalise`.
 """
 
 from __future__ import annotations

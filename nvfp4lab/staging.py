@@ -1,47 +1,31 @@
 """stage, stage_mega_moe_inputs: an MoE layer's inputs, quantized into the buffers that it reads.
 
-The staging contract is the docstring of `stage_mega_moe_inputs`; `_check` holds its callers to it
-before anything is written. Tensors on a CUDA device go through a Triton kernel; tensors on the CPU
-through `quantize`, with the same bits, or through the same kernel in Triton's interpreter. A call
-is checked and planned once for its tensors' dtypes, shapes, strides and devices; the next with the
-same goes straight to the launch. To make another recipe stageable, add its decisions to
-`kernels.staging.DECISIONS` and its name to `_STAGEABLE`.
+`contract` holds a call to what is said here before anything is written. Tensors on a CUDA device go
+through a Triton kernel; tensors on the CPU through `quantize`, with the same bits, or through the
+same kernel in Triton's interpreter. A call is checked and planned once for its tensors' dtypes,
+shapes, strides and devices; the next with the same goes straight to the launch. May be changed: by
+what a kind of tensors is staged (`_prepare`).
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-from nvfp4lab import catalogue, layouts
+from nvfp4lab import layouts
+from nvfp4lab.checks import require_matrix
 from nvfp4lab.codec import quantize
+from nvfp4lab.contract import Buffers, check_buffers, stageable
 from nvfp4lab.quantized import Quantized
 from nvfp4lab.rules import Recipe
 
-_STAGEABLE = ("nvfp4", "nvfp4-token", "vllm-megamoe", "vllm-muse", "seed")
-_PREPARED: dict[Hashable, Callable[[_Buffers], None]] = {}
+_PREPARED: dict[Hashable, Callable[[Buffers], None]] = {}
 MOST_PREPARED = 4096
 LARGEST_32_BIT_OFFSET = 2**31 - 1
 PADDING_ID, PADDING_WEIGHT = -1, 0.0
-
-
-class _Buffers(NamedTuple):
-    """What one staging reads and writes, in the order of `stage_mega_moe_inputs`."""
-
-    hidden_states: torch.Tensor
-    topk_weights: torch.Tensor
-    topk_ids: torch.Tensor
-    x_fp4: torch.Tensor
-    x_sf: torch.Tensor
-    topk_idx_out: torch.Tensor
-    topk_weights_out: torch.Tensor
-    x_scales: torch.Tensor | None
-    is_padding: torch.Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,14 +71,15 @@ def stage(
     >>> staged.x_sf.shape, staged.topk_idx.dtype
     (torch.Size([2, 2]), torch.int64)
     """
-    recipe = _stageable(recipe)
-    tokens, width = _matrix_shape("hidden_states", hidden_states)
-    _, top_k = _matrix_shape("topk_ids", topk_ids)
+    recipe = stageable(recipe)
+    require_matrix("hidden_states", hidden_states)
+    require_matrix("topk_ids", topk_ids)
+    (tokens, width), top_k = hidden_states.shape, topk_ids.shape[1]
     new = functools.partial(torch.empty, device=hidden_states.device)
     staged = Staged(
         new(tokens, width // 2, dtype=torch.uint8),
         new(tokens, width // 64, dtype=torch.int32),
-        new(tokens, dtype=torch.float32) if _has_token_outer(recipe) else None,
+        new(tokens, dtype=torch.float32) if recipe.outer_per == "token" else None,
         new(tokens, top_k, dtype=torch.int64),
         new(tokens, top_k, dtype=torch.float32),
         recipe,
@@ -154,7 +139,7 @@ def stage_mega_moe_inputs(
     >>> hex(x_fp4[0, 0]), hex(x_sf[0, 0]), topk_idx.item()  # 1 is 6 / 6 under the scale 0.171875
     ('0x77', '0x23232323', 7)
     """
-    buffers = _Buffers(
+    buffers = Buffers(
         hidden_states,
         topk_weights,
         topk_ids,
@@ -178,16 +163,16 @@ def stage_mega_moe_inputs(
     if prepared is None:
         if isinstance(hidden_states, torch.Tensor) and hidden_states.shape[:1] == (0,):
             return
-        prepared = _prepare(buffers, _stageable(recipe))
+        prepared = _prepare(buffers, stageable(recipe))
         if len(_PREPARED) >= MOST_PREPARED:
             _PREPARED.clear()
         _PREPARED[alike] = prepared
     prepared(buffers)
 
 
-def _prepare(buffers: _Buffers, recipe: Recipe) -> Callable[[_Buffers], None]:
+def _prepare(buffers: Buffers, recipe: Recipe) -> Callable[[Buffers], None]:
     """Check the buffers; then what stages these and any that are alike."""
-    _check(buffers, recipe)
+    check_buffers(buffers, recipe)
     device = buffers.hidden_states.device
     if not _runs_kernel(device):
         return functools.partial(_stage_in_torch, recipe=recipe)
@@ -199,7 +184,7 @@ def _prepare(buffers: _Buffers, recipe: Recipe) -> Callable[[_Buffers], None]:
     return functools.partial(_on_device, device, lambda buffers: launch(*buffers))
 
 
-def _on_device(device: torch.device, launch: Callable[[_Buffers], None], buffers: _Buffers) -> None:
+def _on_device(device: torch.device, launch: Callable[[Buffers], None], buffers: Buffers) -> None:
     """Launch with the tensors' device as the current one."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         launch(buffers)
@@ -208,7 +193,7 @@ def _on_device(device: torch.device, launch: Callable[[_Buffers], None], buffers
             launch(buffers)
 
 
-def _launch_seed(buffers: _Buffers) -> None:
+def _launch_seed(buffers: Buffers) -> None:
     """The user's own launcher, with what it lacks done around it."""
     from nvfp4lab.kernels import LAUNCHING, seed
 
@@ -229,7 +214,7 @@ def _launch_seed(buffers: _Buffers) -> None:
 
 
 @torch.inference_mode()  # in which buffers that were made in it may be written, and others too
-def _stage_in_torch(buffers: _Buffers, recipe: Recipe) -> None:
+def _stage_in_torch(buffers: Buffers, recipe: Recipe) -> None:
     """What the kernels write, bit for bit, by `quantize` and copies."""
     q = quantize(buffers.hidden_states, recipe)
     buffers.x_fp4.copy_(q.codes)
@@ -242,7 +227,7 @@ def _stage_in_torch(buffers: _Buffers, recipe: Recipe) -> None:
 
 
 @torch.inference_mode()
-def _mark_padding(buffers: _Buffers) -> None:
+def _mark_padding(buffers: Buffers) -> None:
     if buffers.is_padding is not None:
         padding = buffers.is_padding[:, None]
         buffers.topk_idx_out.masked_fill_(padding, PADDING_ID)
@@ -260,126 +245,6 @@ def _runs_kernel(device: torch.device) -> bool:
     except ImportError:
         return False
     return device.type == "cuda" or knobs.runtime.interpret
-
-
-# ---- Checks ----
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """What the contract says of one tensor."""
-
-    dtypes: tuple[torch.dtype, ...]
-    shape: tuple[str, ...]
-    last_stride_1: bool = False
-    written: bool = False
-
-
-_CONTRACT = {
-    "hidden_states": _Rule((torch.bfloat16,), ("T", "K"), last_stride_1=True),
-    "topk_weights": _Rule((torch.float32, torch.bfloat16, torch.float16), ("T", "top_k")),
-    "topk_ids": _Rule((torch.int32, torch.int64), ("T", "top_k")),
-    "x_fp4": _Rule((torch.uint8,), ("T", "K // 2"), last_stride_1=True, written=True),
-    "x_sf": _Rule((torch.int32,), ("T", "K // 64"), last_stride_1=True, written=True),
-    "topk_idx_out": _Rule((torch.int64,), ("T", "top_k"), written=True),
-    "topk_weights_out": _Rule((torch.float32,), ("T", "top_k"), written=True),
-    "x_scales": _Rule((torch.float32,), ("T",), last_stride_1=True, written=True),
-    "is_padding": _Rule((torch.bool,), ("T",), last_stride_1=True),
-}
-_OPTIONAL = ("x_scales", "is_padding")
-
-
-def _stageable(recipe: str | Recipe) -> Recipe:
-    recipe = catalogue.recipe(recipe)
-    if recipe.name not in _STAGEABLE or recipe != catalogue.recipe(recipe.name):
-        raise ValueError(
-            f"recipe {recipe.name!r} has no staging kernel; stageable: {', '.join(_STAGEABLE)}. "
-            "nvfp4lab.quantize takes any recipe"
-        )
-    return recipe
-
-
-def _has_token_outer(recipe: Recipe) -> bool:
-    return recipe.outer is not None and recipe.outer.per == "token"
-
-
-def _check(buffers: _Buffers, recipe: Recipe) -> None:
-    """Hold the tensors to the contract: the seed's two conditions, then `_CONTRACT`."""
-    tokens, width = _matrix_shape("hidden_states", buffers.hidden_states)
-    _, top_k = _matrix_shape("topk_ids", buffers.topk_ids)
-    weights_shape = _matrix_shape("topk_weights", buffers.topk_weights)
-    if width % 128 or not width:
-        raise ValueError(
-            "DeepSeek V4 MegaMoE input staging requires hidden_size to be a multiple of 128. "
-            f"Got hidden_states of shape {(tokens, width)}."
-        )
-    if buffers.topk_weights.shape != buffers.topk_ids.shape:
-        raise ValueError(
-            "DeepSeek V4 MegaMoE input staging requires topk_weights and topk_ids to have the same "
-            f"shape. Got {weights_shape} and {tuple(buffers.topk_ids.shape)}."
-        )
-    if _has_token_outer(recipe) != (buffers.x_scales is not None):
-        wants = "needs x_scales, float32 (T,)" if _has_token_outer(recipe) else "takes no x_scales"
-        given = "none" if buffers.x_scales is None else "one"
-        raise ValueError(f"recipe {recipe.name!r} {wants}; {given} was given")
-    if buffers.hidden_states.device.type not in ("cpu", "cuda"):
-        raise ValueError(
-            f"hidden_states is on the CPU or a CUDA device, got {buffers.hidden_states.device}"
-        )
-    sizes = {"T": tokens, "K": width, "K // 2": width // 2, "K // 64": width // 64, "top_k": top_k}
-    for name, rule in _CONTRACT.items():
-        tensor = getattr(buffers, name)
-        if tensor is not None or name not in _OPTIONAL:
-            _check_tensor(name, tensor, rule, sizes, buffers.hidden_states.device)
-
-
-def _check_tensor(
-    name: str, given: object, rule: _Rule, sizes: dict[str, int], device: torch.device
-) -> None:
-    tensor = _require_tensor(name, given)
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} is strided, got {tensor.layout}")
-    if tensor.dtype not in rule.dtypes:
-        expected = " or ".join(str(dtype) for dtype in rule.dtypes)
-        raise TypeError(f"{name} is {expected}, got {tensor.dtype}")
-    shape, strides = tuple(tensor.shape), tensor.stride()
-    expected = tuple(sizes[size] for size in rule.shape)
-    if shape != expected:
-        raise ValueError(f"{name} is ({', '.join(rule.shape)}), here {expected}; got {shape}")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {device}, as hidden_states is; got {tensor.device}")
-    if rule.last_stride_1 and shape[-1] > 1 and strides[-1] != 1:
-        raise ValueError(f"{name} has a last stride of 1, got strides {strides}")
-    if rule.written and _overlaps(shape, strides):
-        raise ValueError(
-            f"{name} is written, so no two entries share memory; got shape {shape} and strides "
-            f"{strides}"
-        )
-
-
-def _overlaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether two entries of a tensor of one or two dimensions lie in the same place.
-
-    Entries (i, j) and (i + di, j - dj) do where di a = dj b, and b / g, a / g is the nearest such
-    pair, with strides a and b and g their greatest common divisor.
-    """
-    (rows, columns), (a, b) = (*shape, 1)[:2], (*strides, 0)[:2]
-    if not (g := math.gcd(a, b)):
-        return rows * columns > 1
-    return b // g < rows and a // g < columns
-
-
-def _require_tensor(name: str, given: object) -> torch.Tensor:
-    if not isinstance(given, torch.Tensor):
-        raise TypeError(f"{name} is a torch.Tensor, got {type(given).__name__}")
-    return given
-
-
-def _matrix_shape(name: str, tensor: torch.Tensor) -> tuple[int, int]:
-    _require_tensor(name, tensor)
-    if tensor.ndim != 2:
-        raise ValueError(f"{name} has two dimensions, got shape {tuple(tensor.shape)}")
-    return tensor.shape[0], tensor.shape[1]
 
 
 def _refuse_offsets_past_32_bits(*tensors: torch.Tensor) -> None:

@@ -3,7 +3,8 @@
 torch splits every operation between its threads and joins them after it. Where a piece of work fits
 a cache its operations take microseconds, and so many joins cost more than they bring; on a busy
 machine, where a thread may wait for its turn at each of them, very much more. Here threads part
-once and meet once. This module knows nothing of what the work is.
+once and meet once. This module knows nothing of what the work is. How many threads are worth it,
+the caller says.
 """
 
 from __future__ import annotations

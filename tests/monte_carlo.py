@@ -83,7 +83,7 @@ def cases() -> Iterator[Case]:
         yield case(law, sigma, block, scale, "none", "E2M1", "ties-to-even")
     for law, block, outer in itertools.product(LAWS, BLOCKS, OUTERS):
         one = case(law, 1.0, block, "E4M3", outer, "E2M1", "ties-to-even")
-        recipe = replace(one.recipe, search=Search(factors=(1.0, 1.5)))
+        recipe = one.recipe.changed({"search": Search(factors=(1.0, 1.5))}, one.recipe.name)
         yield replace(one, name=f"4/6 {one.name}", recipe=recipe)
 
 
@@ -144,7 +144,7 @@ def deviations(
     """
     recipe, group = of.recipe, of.elements or 1024
     if recipe.outer is not None:
-        recipe = replace(recipe, outer=replace(recipe.outer, per="token"))
+        recipe = recipe.changed({"outer.per": "token"}, recipe.name)
     x = (unit * of.sigma).view(-1, group)
     drawing = generator if recipe.elements.rounding == "stochastic" else None
     q = nv.quantize(x, recipe, generator=drawing)

@@ -7,7 +7,6 @@ examples. May not: expectations taken from what `quantize` gives.
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,7 +182,7 @@ def test_four_over_six_takes_the_larger_scale_just_where_that_is_better():
     ):
         recipe = nv.recipe(name)
         tried = [
-            nv.quantize(x, replace(recipe, search=nv.rules.Search((factor,))))
+            nv.quantize(x, recipe.changed({"search": nv.rules.Search((factor,))}))
             for factor in (1.0, 1.5)
         ]
         six, four = (size((q.dequantize() - x).view(-1, 16)) for q in tried)

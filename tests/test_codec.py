@@ -263,7 +263,11 @@ def test_quantize_refuses(arguments, error, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"layout": "swizzled"}, ValueError, "unknown scale layout 'swizzled'; known: mega_moe"),
+        (
+            {"layout": "swizzled"},
+            ValueError,
+            "unknown scale layout 'swizzled'; .* mega_moe",
+        ),
         ({"outer_is": "inverse"}, ValueError, "'decode' or 'encode', got 'inverse'"),
         ({"codes": torch.zeros(4, 32)}, TypeError, "codes are bytes .* got torch.float32"),
         (

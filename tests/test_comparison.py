@@ -10,7 +10,7 @@ from nvfp4lab.quantized import Quantized
 from nvfp4lab.rules import Elements, Scale
 
 NVFP4 = nv.recipe("nvfp4")
-AWAY = replace(NVFP4, elements=Elements(rounding="ties-away"))
+AWAY = NVFP4.changed({"elements.rounding": "ties-away"})
 
 
 def varied(**parts):

@@ -7,7 +7,6 @@ of an example. May not: the place that it is put in, without the text.
 import importlib.util
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -135,11 +134,11 @@ def test_the_format_rounds_by_exact_distances(e3m0, rounding):
 
 
 def test_the_format_works_from_quantize_to_the_theory(e3m0):
-    exec(USED, {"nv": nv, "torch": torch, "replace": replace})
+    exec(USED, {"nv": nv, "torch": torch})
 
 
 def test_the_table_of_the_format_gives_the_bytes_of_the_reference(e3m0):
-    names = {"nv": nv, "torch": torch, "replace": replace}
+    names = {"nv": nv, "torch": torch}
     exec(USED.partition("x = ")[0], names)
     recipe = names["recipe"]
     assert lookup.table_of(recipe) is not None

@@ -204,7 +204,7 @@ def test_e2m1_recipes_have_a_kernel_and_the_others_do_not():
 @pytest.mark.parametrize("block", [8, 48, 64])
 def test_other_blocks_have_no_kernel(block):
     recipe = nv.recipe("nvfp4")
-    assert not quantized._has_kernel(replace(recipe, scale=replace(recipe.scale, block=block)))
+    assert not quantized._has_kernel(recipe.changed({"scale.block": block}))
 
 
 def test_a_cpu_tensor_takes_the_torch_path():

@@ -5,7 +5,6 @@ May be changed: faults and combinations may be added. Each test draws its input 
 """
 
 import itertools
-from dataclasses import replace
 
 import foreign_kernels as foreign
 import pytest
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 import nvfp4lab as nv
 from nvfp4lab import catalogue, cli, layouts
 from nvfp4lab.diagnose.decisions import DECISIONS, with_choice
-from nvfp4lab.rules import Elements, Outer, Scale, Specials
+from nvfp4lab.rules import Outer
 
 NVFP4, TENSOR = catalogue.NVFP4, nv.recipe("nvfp4-tensor")
 
@@ -92,31 +91,31 @@ def test_the_probe_leaves_no_named_decision_open(name):
 
 FAULTS = {
     "subnormal scale byte decoded as a normal": (
-        replace(NVFP4, elements=Elements(scale_read="subnormals as normals")),
+        NVFP4.changed({"elements.scale_read": "subnormals as normals"}),
         "subnormal scale bytes are decoded as normal ones",
     ),
     "scale floor that rounds to 0": (
-        replace(NVFP4, scale=Scale(floor=2.0**-12), specials=Specials(zero_divisor=0.0)),
+        NVFP4.changed({"scale.floor": 2.0**-12, "specials.zero_divisor": 0.0}),
         "blocks have scale 0 and codes that are not 0",
     ),
     "E4M3 cast without a clamp": (
-        replace(NVFP4, scale=Scale(overflow="nan")),
+        NVFP4.changed({"scale.overflow": "nan"}),
         "scales beyond 448 become NaN",
     ),
     "elements divided by the unrounded scale": (
-        replace(NVFP4, elements=Elements(scale_read="unrounded")),
+        NVFP4.changed({"elements.scale_read": "unrounded"}),
         "divided by the unrounded scale",
     ),
     "half away taken for even": (
-        replace(NVFP4, elements=Elements(rounding="ties-away")),
+        NVFP4.changed({"elements.rounding": "ties-away"}),
         "ties of elements: ties-away",
     ),
     "half down": (
-        replace(NVFP4, elements=Elements(rounding="ties-to-zero")),
+        NVFP4.changed({"elements.rounding": "ties-to-zero"}),
         "ties of elements: ties-to-zero",
     ),
     "scale ties away": (
-        replace(NVFP4, scale=Scale(rounding="ties-away")),
+        NVFP4.changed({"scale.rounding": "ties-away"}),
         "scales round ties-away",
     ),
 }
@@ -132,7 +131,7 @@ def test_a_fault_of_the_arithmetic_comes_first(fault):
 @pytest.mark.parametrize("convention", ["encode", "decode"])
 def test_a_dead_expert(convention):
     dead = Outer("tensor", formula="G = n / amax", of_zero=None)
-    recipe = replace(TENSOR, outer=dead, specials=Specials(invalid_scale_code=0x7F))
+    recipe = TENSOR.changed({"outer": dead, "specials.invalid_scale_code": 0x7F})
     x = torch.zeros(8, 64).bfloat16()
     q = nv.quantize(x, recipe)
     assert (q.scales == 0x7F).all()
@@ -379,12 +378,19 @@ COMBINATIONS = list(
 @pytest.mark.parametrize("number", range(0, len(COMBINATIONS), 7))
 def test_a_combination_without_a_name_is_found(number):
     rounding, subnormals, overflow, floor, ties, formula, zero_sign = COMBINATIONS[number]
-    scale = Scale(rounding=rounding, subnormals=subnormals, overflow=overflow, floor=floor)
-    elements = Elements(rounding=ties, formula=formula, zero_sign=zero_sign)
-    q = nv.quantize(PROBE, replace(NVFP4, scale=scale, elements=elements))
+    decisions = {
+        "scale.rounding": rounding,
+        "scale.subnormals": subnormals,
+        "scale.overflow": overflow,
+        "scale.floor": floor,
+        "elements.rounding": ties,
+        "elements.formula": formula,
+        "elements.zero_sign": zero_sign,
+    }
+    q = nv.quantize(PROBE, NVFP4.changed(decisions))
     got = identify(q, PROBE)
     assert got.explained, (COMBINATIONS[number], str(got))
-    again = nv.quantize(PROBE, replace(got.recipe, outer=None))
+    again = nv.quantize(PROBE, got.recipe.changed({"outer": None}))
     assert again.codes.equal(q.codes) and again.scales.equal(q.scales)
 
 

@@ -135,9 +135,8 @@ def variations() -> dict[str, Recipe]:
         changes = [(k, c) for k, cs in choices.items() for c in cs if c != getattr(part(), k)]
         for decision, choice in [*changes, *numbers[part].items()]:
             if (decision, choice) != ("rounding", "stochastic"):
-                changed = replace(part(), **{decision: choice})
                 label = f"{name}.{decision}={choice}"
-                found[label] = replace(NVFP4, name=label, **{name: changed})
+                found[label] = NVFP4.changed({f"{name}.{decision}": choice}, label)
     return found
 
 
@@ -171,7 +170,7 @@ def test_a_variation_has_the_codes_of_the_reference_under_every_16th_scale_code(
 
 @pytest.mark.parametrize("block", [4, 8, 12, 20, 64])
 def test_blocks_of_any_number_of_words_an_odd_number_of_them(block):
-    recipe = replace(NVFP4, name=f"block {block}", scale=replace(NVFP4.scale, block=block))
+    recipe = NVFP4.changed({"scale.block": block})
     assert_same_bytes(bit_patterns(1031, block, seed=block), recipe)
     assert_same_bytes(bf16(bit_patterns(1031, block).view(torch.int16) & ~0x4000), recipe)
 
@@ -191,26 +190,29 @@ def test_a_code_that_falls_with_the_magnitude_ends_the_table_there():
 
 
 FALLING = {
-    "at the largest magnitude of a scale code": replace(
-        NVFP4,
-        name="sign bit",
-        scale=replace(NVFP4.scale, format=UE5M3, divisor=7.0, factor=17 / 16, rounding="up"),
-        elements=replace(NVFP4.elements, overflow="sign bit", zero_sign="dropped"),
-    ),
-    "and rises within half a binade": replace(
-        NVFP4,
-        name="least distance",
-        scale=replace(NVFP4.scale, format=UE5M3, factor=17 / 16, rounding="up", overflow="nan"),
-        elements=replace(
-            NVFP4.elements, formula="x / s * G", scale_read="encoder's", rounding="least distance"
-        ),
-    ),
+    "at the largest magnitude of a scale code": {
+        "scale.format": UE5M3,
+        "scale.divisor": 7.0,
+        "scale.factor": 17 / 16,
+        "scale.rounding": "up",
+        "elements.overflow": "sign bit",
+        "elements.zero_sign": "dropped",
+    },
+    "and rises within half a binade": {
+        "scale.format": UE5M3,
+        "scale.factor": 17 / 16,
+        "scale.rounding": "up",
+        "scale.overflow": "nan",
+        "elements.formula": "x / s * G",
+        "elements.scale_read": "encoder's",
+        "elements.rounding": "least distance",
+    },
 }
 
 
 @pytest.mark.parametrize("where", FALLING)
 def test_a_code_that_falls(where):
-    recipe = FALLING[where]
+    recipe = NVFP4.changed(FALLING[where], where)
     assert lookup.table_of(recipe) is not None
     assert_same_bytes(amax_blocks(recipe), recipe)
     assert_same_bytes(pair_blocks(recipe, every=3), recipe)

@@ -237,11 +237,10 @@ def test_what_is_not_there(tmp_path):
         nv.load_activations(tmp_path)
 
 
-def test_unknown_set_gets_the_names_and_the_nearest():
-    message = (
-        r"unknown activation set 'smolm2', expected one of .*smollm2.*; did you mean 'smollm2'"
-    )
-    with pytest.raises(ValueError, match=message):
+def test_unknown_set_gets_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"unknown activation set 'smolm2'; did you mean smollm2\?"
+    ):
         nv.activations("smolm2")
 
 

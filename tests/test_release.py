@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import nvfp4lab as nv
-from nvfp4lab import cli, staging
+from nvfp4lab import cli, contract
 
 ROOT = Path(__file__).parents[1]
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
@@ -54,7 +54,7 @@ def test_the_newest_release_names_only_what_there_is():
 def test_a_list_that_reads_as_whole_is_whole(listed):
     (item,) = re.findall(rf"^- \*\*{listed}\*\*(.*?)(?=^- |\Z)", NEWEST, re.MULTILINE | re.DOTALL)
     named = [name.removeprefix("nvfp4lab ") for name in re.findall(r"`([^`]+)`", item)]
-    there = {"Staging": ["stage", "stage_mega_moe_inputs", *staging._STAGEABLE]}
+    there = {"Staging": ["stage", "stage_mega_moe_inputs", *contract.STAGEABLE]}
     assert named == there.get(listed, COMMANDS)
 
 

@@ -307,7 +307,7 @@ def test_two_recipes_do_not_add_up():
 
 def test_a_changed_recipe_of_the_same_name_does_not_add_up():
     plain = nv.recipe("nvfp4")
-    changed = replace(plain, elements=replace(plain.elements, rounding="ties-away"))
+    changed = plain.changed({"elements.rounding": "ties-away"}, plain.name)
     with pytest.raises(ValueError, match=r"of nvfp4 .* and of nvfp4 .*: the recipes differ"):
         _ = nv.measure(drawn(4), plain) + nv.measure(drawn(4), changed)
 

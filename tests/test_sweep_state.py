@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,7 +118,7 @@ def test_a_state_of_something_else_is_refused(folder, tmp_path, change, message)
     swept(folder, recipe, state=kept)
     match change:
         case "recipe":
-            recipe = replace(recipe, elements=replace(recipe.elements, rounding="ties-away"))
+            recipe = recipe.changed({"elements.rounding": "ties-away"}, recipe.name)
         case "shard":
             save(folder / "layer00.a.safetensors", hidden(701, 0))
         case "shards":

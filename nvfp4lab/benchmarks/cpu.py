@@ -2,7 +2,7 @@
 
 All in one process and in turns, with torch's own number of threads. Each package's entry point is
 the one whose bytes `make conformance` holds against our recipe of its name; what is not installed
-is left out by name.
+is left out by name. To time another package, add its function to PEERS.
 """
 
 from __future__ import annotations

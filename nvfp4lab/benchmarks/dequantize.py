@@ -2,6 +2,7 @@
 
 Codes and scales are random bytes, scales positive normal E4M3 numbers; what is decoded is held
 against the CPU. A path that cannot stand in a CUDA graph is timed by the wall clock, and says so.
+May be changed: RECIPES, of which one has an outer scale and one has none.
 """
 
 from __future__ import annotations

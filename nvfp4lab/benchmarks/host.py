@@ -3,6 +3,7 @@
 The calls are issued one after the other without waiting for the device. The empty kernel takes as
 many arguments as the staging kernel, of the same types, as anyone launches a kernel of Triton. A
 staging call may cost less: tensors like those of an earlier call go straight to what was compiled.
+May be changed: the shape that is staged, which should keep the GPU less busy than the host.
 """
 
 from __future__ import annotations

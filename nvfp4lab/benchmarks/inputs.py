@@ -1,7 +1,8 @@
 """Random inputs, the sets of buffers that one case rotates over, and the bytes that it moves.
 
 Nothing here is an activation of a model: each token is Gaussian numbers times a lognormal scale of
-its own, so that block scales of every size occur.
+its own, so that block scales of every size occur. May be changed: the cases of `Settings`; other
+numbers or buffers make results that are not to be compared with those in data/benchmarks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""What a benchmark's numbers hold for: the device, the versions and the commit."""
+"""What a benchmark's numbers hold for: the device, the versions and the commit.
+
+Part of every `Result`. May be changed: more may be said of a machine; what is there keeps its name,
+for data/benchmarks holds it.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """`measure` of a recipe on a GPU, beside the same counted in torch eager.
 
-By the wall clock, the device waited for: what a caller waits until the statistics are there.
+By the wall clock, the device waited for: what a caller waits until the statistics are there. May be
+changed: RECIPES.
 """
 
 from __future__ import annotations

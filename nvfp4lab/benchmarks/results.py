@@ -151,13 +151,16 @@ class Result:
         """What `to_json` wrote. Raises: ValueError if a file is none."""
         where = f"{path} is no benchmark result"
         given = parse(Path(path).read_bytes(), where, FILE)
-        samples = [{key: entry[key] for key in KEYS} for entry in given["samples"]]
+        samples: list[dict[str, Any]] = [
+            {key: entry[key] for key in KEYS} | {"runs_us": tuple(entry["runs_us"])}
+            for entry in given["samples"]
+        ]
         if not all(entry["runs_us"] and min(entry["runs_us"]) > 0 for entry in samples):
             raise ValueError(f"{where}: a sample has one run or more, each above 0 us")
         return cls(
             given["machine"],
             given["settings"],
-            tuple(Sample(**dict(entry, runs_us=tuple(entry["runs_us"]))) for entry in samples),
+            tuple(Sample(**entry) for entry in samples),
             tuple(given["sweep"]),
             tuple(given["left_out"]),
             tuple(given["failed"]),

@@ -1,4 +1,8 @@
-"""run: the parts of the benchmark that were asked for, one step after the other, in one Result."""
+"""run: the parts of the benchmark that were asked for, one step after the other, in one Result.
+
+A part is a module with `steps(settings)`; to add one, name it in PARTS (and in `cli.bench`, which
+does not import this to be quick).
+"""
 
 from __future__ import annotations
 

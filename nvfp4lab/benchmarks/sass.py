@@ -2,7 +2,8 @@
 
 What is counted: every instruction that can be reached from the kernel's entry without entering a
 subroutine (which IEEE division calls for subnormal operands only), taken branch or not, NOP left
-out. Loops are counted apart, for their instructions run as often as the loop does.
+out. Loops are counted apart, for their instructions run as often as the loop does. Knows nothing of
+the kernels; `compiled` asks. May be changed: an opcode that a new target has goes into PIPES.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """`stage_mega_moe_inputs` on a GPU: every recipe with a staging kernel, the seed, the yardstick.
 
 All of a case's rivals work on the same buffers in one race. What they wrote is held against
-`quantize` afterwards: a kernel that is fast because it does something else is not measured.
+`quantize` afterwards: a kernel that is fast because it does something else is not measured. To race
+another kernel, hand it in as a `Peer`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from nvfp4lab.benchmarks.steps import CHECKED_ROWS, Measured, Step, for_every_ca
 from nvfp4lab.benchmarks.sweep import sweep
 from nvfp4lab.benchmarks.timing import capture, time_graphs
 from nvfp4lab.codec import quantize
+from nvfp4lab.contract import STAGEABLE
 from nvfp4lab.kernels import yardstick
-from nvfp4lab.staging import stage, stage_mega_moe_inputs
+from nvfp4lab.staging import stage_mega_moe_inputs
 
 PART = "staging"
 SEED = "seed"
@@ -33,14 +35,8 @@ def steps(settings: Settings) -> list[Step]:
 
 def stageable() -> dict[str, bool]:
     """The recipes that `stage` takes: name -> whether it has an outer scale for each token."""
-    nothing = torch.empty(0, 128, dtype=torch.bfloat16), torch.empty(0, 1), torch.empty(0, 1)
-    found = {}
-    for name in catalogue.recipes():
-        try:
-            found[name] = stage(*nothing, recipe=name).x_scales is not None
-        except ValueError:
-            continue
-    return found
+    names = [name for name in catalogue.recipes() if name in STAGEABLE]
+    return {name: catalogue.recipe(name).outer_per == "token" for name in names}
 
 
 def stage_set(buffers: StagingSet, recipe: str, has_outer: bool) -> None:

@@ -1,4 +1,7 @@
-"""Step: one piece of a benchmark that is run on its own, and what it gives."""
+"""Step: one piece of a benchmark that is run on its own, and what it gives.
+
+What every part's module gives `running`. May be changed: the cases that `for_every_case` makes.
+"""
 
 from __future__ import annotations
 

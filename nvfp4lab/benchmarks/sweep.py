@@ -1,7 +1,8 @@
 """The yardstick's own best shape for a case: shapes are tried, the best few go on to the race.
 
 The few are timed again beside what they are a yardstick for, and the fastest of them counts, so
-that it is neither the luck of one measurement nor a shape that was good in other company.
+that it is neither the luck of one measurement nor a shape that was good in other company. To try
+another shape, widen SHAPES.
 """
 
 from __future__ import annotations

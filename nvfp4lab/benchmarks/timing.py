@@ -2,7 +2,8 @@
 
 A graph holds one launch a set of buffers, over and over until it holds LAUNCHES, so that two
 launches in a row touch different memory and the pause between two replays does not count. Rivals
-are replayed in turns, run by run, so that a drift of the clocks meets all of them.
+are replayed in turns, run by run, so that a drift of the clocks meets all of them. Knows nothing of
+what it times. May be changed: LAUNCHES, if a graph's own start is to count less.
 """
 
 from __future__ import annotations

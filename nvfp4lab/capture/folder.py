@@ -7,6 +7,8 @@
 A pass is written to rows/, then capture.json is replaced: a kill before that leaves bytes beyond
 the committed rows, which are cut off when the capture goes on, and a kill after it loses nothing. A
 shard counts once capture.json names it. The engines know nothing of this: they call recorder.py.
+May be changed: what is kept in capture.json, with STATE; captures that are there have to stay
+readable.
 """
 
 from __future__ import annotations

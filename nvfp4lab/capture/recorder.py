@@ -2,7 +2,8 @@
 
 An engine says `begin` with the positions and which rows are padding, `take` for each layer, and
 `end`; then that pass is in the capture folder, or on an error none of it is. Sampling, the token
-budget and the byte budget are decided here, once for all engines; the files are folder.py's.
+budget and the byte budget are decided here, once for all engines; the files are folder.py's. A new
+way to choose tokens is added to `begin`.
 """
 
 from __future__ import annotations

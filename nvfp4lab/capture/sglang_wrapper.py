@@ -4,7 +4,8 @@ with its signatures.
 
 `mega_moe.run_mega_routed_experts` gets what the staging kernel gets; ModelRunner.forward says where
 a pass begins and ends. Both are wrapped while `wrap` lasts, and `scheduler_process` gives SGLang a
-scheduler that runs inside it. SGLang is imported only then.
+scheduler that runs inside it. SGLang is imported only then. When SGLang changes, change the names
+at the top, what `_take` and `_open` read of it, and the stand-ins in tests/engine_stubs.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ the source of the released vLLM 0.33.0 and is tested against stand-ins with its 
 vLLM gives its GPU worker the class below as a base, and `collective_rpc` calls its two methods in
 every worker. Where the experts run as MegaMoE they are called with what the staging kernel gets,
 and that is taken, by name: vLLM passes weights before ids. Elsewhere the routing happens inside the
-experts, and is recomputed by `route`. vLLM is not imported; the worker brings it.
+experts, and is recomputed by `route`. vLLM is not imported; the worker brings it. When vLLM
+changes, change MOE, what `_Capture` and `route` read of it, and the stand-ins in
+tests/engine_stubs.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`python -m nvfp4lab.cli`, where the `nvfp4lab` script is not on the path."""
+"""`python -m nvfp4lab.cli`, where the `nvfp4lab` script is not on the path.
+
+Nothing else belongs here.
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""nvfp4lab bench: how fast staging, dequantizing, measuring and quantizing are on this machine."""
+"""nvfp4lab bench: how fast staging, dequantizing, measuring and quantizing are on this machine.
+
+What is timed, and how, is `benchmarks`'; here are the options and the picture.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,6 @@ from nvfp4lab import files
 from nvfp4lab.cli.command import CommandError, check_writable, say
 
 PARTS = ("staging", "dequantize", "measure", "host", "cpu")
-
-
 PICTURES = (".png", ".pdf", ".svg")
 
 

@@ -1,4 +1,8 @@
-"""nvfp4lab capture: what enters the experts of a Hugging Face model, into a capture folder."""
+"""nvfp4lab capture: what enters the experts of a Hugging Face model, into a capture folder.
+
+What is recorded is `capture`'s; here a model is loaded and fed with prompts. To feed it otherwise,
+change `run`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from nvfp4lab.cli.command import CommandError, check_writable, say
+from nvfp4lab.cli.command import CommandError, check_writable, count, say
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -28,7 +32,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help='.jsonl with "text" or "messages" in each line, or text with a prompt in each line',
     )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="capture folder")
-    command.add_argument("--tokens", type=_count, metavar="N", help="stop after N recorded tokens")
+    command.add_argument("--tokens", type=count, metavar="N", help="stop after N recorded tokens")
     command.add_argument(
         "--layers", type=_layer_numbers, metavar="LIST", help="only these: 0,3,10-20 (default: all)"
     )
@@ -43,10 +47,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--max-gb", type=_positive, metavar="GB", help="byte budget of the records"
     )
-    command.add_argument("--batch", type=_count, default=1, help="prompts a pass (default: 1)")
+    command.add_argument("--batch", type=count, default=1, help="prompts a pass (default: 1)")
     command.add_argument(
         "--max-length",
-        type=_count,
+        type=count,
         default=2048,
         help="tokens a prompt, then it is cut (default: 2048)",
     )
@@ -153,12 +157,6 @@ def _layer_numbers(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"expected layers such as 0,3,10-20, got {text!r}")
         numbers += found
     return numbers
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
-    return int(text)
 
 
 def _positive(text: str) -> float:

@@ -1,10 +1,13 @@
 """What every command may raise, how it refuses a file that it could not write, and how it prints.
 
 Names of files and sites come from whoever wrote them; a terminal obeys some of what text can hold.
+For every module of the folder: what two commands do alike stands here (`shards` has what two share
+that read captures).
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -25,6 +28,13 @@ def check_writable(option: str, path: Path, first: Path | None = None) -> None:
         files.check(path if first is None else first)
     except OSError as error:
         raise CommandError(f"{option} {path} cannot be written: {error.strerror}") from error
+
+
+def count(text: str) -> int:
+    """An argument that is a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)
 
 
 def say(text: object, file: TextIO | None = None) -> None:

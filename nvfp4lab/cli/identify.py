@@ -1,4 +1,7 @@
-"""nvfp4lab identify: a kernel's decisions, from its input and output in two files."""
+"""nvfp4lab identify: a kernel's decisions, from its input and output in two files.
+
+What is found out is `diagnose`'s; here are the two files and the exit code.
+"""
 
 from __future__ import annotations
 

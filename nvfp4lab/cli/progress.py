@@ -1,4 +1,7 @@
-"""How far a notebook is, on one line."""
+"""How far a notebook is, on one line.
+
+Used by `study` and `report`; sweeps and captures have tqdm's bars.
+"""
 
 from __future__ import annotations
 

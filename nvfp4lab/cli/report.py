@@ -1,4 +1,8 @@
-"""nvfp4lab report: where which recipe is safe in captured activations, as one HTML page."""
+"""nvfp4lab report: where which recipe is safe in captured activations, as one HTML page.
+
+What is judged, and by which limits, is `report`'s; the arguments that it has in common with `sweep`
+are `shards`'.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """What `sweep` and `report` share: what is measured by which recipes, where it is computed, and the
-file that comes of it."""
+file that comes of it.
+
+An option of both commands is added here; one of a single command there.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvfp4lab.cli.command import CommandError, say
+from nvfp4lab.cli.command import CommandError, count, say
 
 if TYPE_CHECKING:
     from nvfp4lab.sweeps import Swept
@@ -41,7 +44,7 @@ def add_arguments(command: argparse.ArgumentParser, out: str, of_it: str) -> Non
         "goes on; it stays (default: OUT.statistics)",
     )
     where = command.add_mutually_exclusive_group()
-    where.add_argument("--workers", type=_count, metavar="N", help="processes (default: this one)")
+    where.add_argument("--workers", type=count, metavar="N", help="processes (default: this one)")
     where.add_argument(
         "--dask", metavar="ADDRESS", help="of a scheduler whose workers see the same files"
     )
@@ -90,9 +93,3 @@ def exit_code(swept: Swept) -> int:
     for failure in swept.failed:
         say(f"nvfp4lab: not counted: {failure}", sys.stderr)
     return 1 if swept.failed else 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
-    return int(text)

@@ -1,4 +1,8 @@
-"""nvfp4lab study: the notebooks, run on the shipped activations, as HTML pages."""
+"""nvfp4lab study: the notebooks, run on the shipped activations, as HTML pages.
+
+How a notebook is run is `runs`', how a page is made `publish`'s; here is the order, and which files
+are written.
+"""
 
 from __future__ import annotations
 

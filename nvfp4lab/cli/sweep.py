@@ -1,4 +1,8 @@
-"""nvfp4lab sweep: the error of recipes over captured activations, a CSV row a layer and recipe."""
+"""nvfp4lab sweep: the error of recipes over captured activations, a CSV row a layer and recipe.
+
+What is measured is `sweeps`'. May be changed: SHOWN, the columns that are printed; the file has
+all.
+"""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def compare(q_a: Quantized, q_b: Quantized, x: torch.Tensor) -> Comparison:
 def _cause_of_scales(values, scales, outers, q: Quantized) -> torch.Tensor:
     """The index of the cause for each block whose scales differ, -1 for the others: [n, 1]."""
     names, fmt = list(CAUSES), q.recipe.scale.format
-    decoded = [s if fmt is None else fmt.decode(s) for s in scales]
+    decoded = [q.recipe.scale.decode(s) for s in scales]
     nan = ~values.isfinite().all(-1, keepdim=True) | decoded[0].isnan() | decoded[1].isnan()
     largest = float("inf") if fmt is None else fmt.max
     conditions = {
@@ -140,8 +140,8 @@ def _cause_of_scales(values, scales, outers, q: Quantized) -> torch.Tensor:
 
 def _cause_of_codes(values, got, want, of_scale, scale, outer, q: Quantized) -> torch.Tensor:
     """The index of the cause for each element whose codes differ, -1 for the others: [n, block]."""
-    names, scale_fmt, fmt = list(CAUSES), q.recipe.scale.format, q.recipe.elements.format
-    s = scale if scale_fmt is None else scale_fmt.decode(scale)
+    names, fmt = list(CAUSES), q.recipe.elements.format
+    s = q.recipe.scale.decode(scale)
     quotient = (values.double() / (s.double() * outer.double())).abs()
     middle = (fmt.decode(got).abs().double() + fmt.decode(want).abs().double()) / 2
     # Not by ldexp, which torch 2.11 runs on the current GPU, whichever its tensors are on.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -172,17 +172,12 @@ WITHOUT_OUTER = {
 
 
 def with_choice(recipe: Recipe, path: str, choice: Any) -> Recipe:
-    """The recipe with one decision, "scale.rounding" or "search", set to another choice."""
-    part, _, name = path.partition(".")
-    if not name:
-        return replace(recipe, **{part: choice})
-    changed = replace(recipe, **{part: replace(getattr(recipe, part), **{name: choice})})
-    if path == "elements.formula":  # undivided, only the least distance makes sense
-        before = recipe.elements.formula == "x"
-        if (choice == "x") != before:
-            rounding = "least distance" if choice == "x" else "ties-to-zero"
-            changed = replace(changed, elements=replace(changed.elements, rounding=rounding))
-    return changed
+    """The recipe, under its name, with one decision set to another choice."""
+    changes = {path: choice}
+    if path == "elements.formula" and (choice == "x") != (recipe.elements.formula == "x"):
+        # undivided, only the least distance makes sense
+        changes["elements.rounding"] = "least distance" if choice == "x" else "ties-to-zero"
+    return recipe.changed(changes, recipe.name)
 
 
 def choices(decision: Decision, recipe: Recipe, seen: Observed, suggestions: dict) -> list[Any]:

@@ -98,7 +98,7 @@ def explain_block(
     if recipe.elements.formula == "x":
         quotient = quotient / s[0]
     fmt = recipe.scale.format
-    scale = stored if fmt is None else fmt.decode(stored)
+    scale = recipe.scale.decode(stored)
     g = found.decode.flatten()[0].item() if recipe.outer else 1.0
     row = {
         "amax": before.amax.item(),

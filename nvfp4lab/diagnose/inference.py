@@ -2,7 +2,8 @@
 
 From the named recipes that agree best, each decision in turn takes the choice that explains the
 most bytes, until none improves; then each goes back to the plainest choice that explains as many.
-Scales come first, then codes under the scales that were stored.
+Scales come first, then codes under the scales that were stored. May be changed: how long it
+searches (STARTS, PAIRS_UP_TO) and when evidence counts (MARGIN, POOR).
 """
 
 from __future__ import annotations
@@ -45,30 +46,28 @@ def named_recipes(reading: Reading) -> list[Recipe]:
         if recipe.search is not None and recipe.search.factors is None:
             continue
         if reading.outer is None:
-            recipe, outer = _without_outer(recipe), None
+            changes = _without_outer(recipe)
         elif recipe.outer is not None:
-            outer = replace(recipe.outer, per=reading.outer_per)
+            changes = {"outer.per": reading.outer_per}
         else:
             outer = Outer(per=reading.outer_per)  # type: ignore[arg-type]
-            recipe = replace(recipe, scale=replace(recipe.scale, formula="amax / d / g"))
-        found.append(replace(recipe, outer=outer))
+            changes = {"outer": outer, "scale.formula": "amax / d / g"}
+        found.append(recipe.changed(changes, recipe.name))
     return found
 
 
-def _without_outer(recipe: Recipe) -> Recipe:
-    """The recipe's formulas as they are read where no outer scale stands in them."""
+def _without_outer(recipe: Recipe) -> dict[str, object]:
+    """What changes where a recipe has no outer scale: its formulas, as they are then read."""
     if recipe.outer is None:
-        return recipe
-    elements, scale, search = recipe.elements, recipe.scale, recipe.search
-    reciprocal = elements.formula in ("x * min(1 / (s * g), FLOAT32_MAX)", "x * (G / s)")
-    if elements.formula not in WITHOUT_OUTER["elements.formula"]:
-        formula = WITHOUT_OUTER["elements.formula"][reciprocal]
-        elements = replace(elements, formula=formula)
-    folded = "1 / d" in scale.formula
-    scale = replace(scale, formula=WITHOUT_OUTER["scale.formula"][folded])
-    if search is not None:
-        search = replace(search, decoding=DECODINGS[0])
-    return replace(recipe, elements=elements, scale=scale, search=search)
+        return {}
+    formula, folded = recipe.elements.formula, "1 / d" in recipe.scale.formula
+    reciprocal = formula in ("x * min(1 / (s * g), FLOAT32_MAX)", "x * (G / s)")
+    changes = {"outer": None, "scale.formula": WITHOUT_OUTER["scale.formula"][folded]}
+    if formula not in WITHOUT_OUTER["elements.formula"]:
+        changes["elements.formula"] = WITHOUT_OUTER["elements.formula"][reciprocal]
+    if recipe.search is not None:
+        changes["search.decoding"] = DECODINGS[0]
+    return changes
 
 
 class Fit:
@@ -86,14 +85,14 @@ class Fit:
         if self._hopeless(ranked[0]):
             return ranked[0]
         if not self.wrong(ranked[0]):
-            tried = [self._from(plainest), ranked[0]]
+            tried = [self._set_out_from(plainest), ranked[0]]
         else:
             scales = min(starts, key=self.seen.wrong_scales)
             codes = min(starts, key=self.seen.wrong_codes)
             mixed = replace(codes, scale=scales.scale, search=scales.search)
             tried = []
             for start in (mixed, *ranked[:STARTS]):
-                tried.append(self._from(start))
+                tried.append(self._set_out_from(start))
                 if not self.wrong(tried[-1]):
                     break
         found = [self.simplified(recipe) for recipe in tried]
@@ -111,7 +110,7 @@ class Fit:
         for named in starts:
             if not self.wrong(named):
                 return self.simplified(named)
-        return self.simplified(self._from(recipe)) if self.wrong(recipe) else recipe
+        return self.simplified(self._set_out_from(recipe)) if self.wrong(recipe) else recipe
 
     def wrong(self, recipe: Recipe) -> int:
         """How many scales and codes the recipe does not give."""
@@ -125,7 +124,7 @@ class Fit:
     def _choices(self, decision: Decision, recipe: Recipe) -> list:
         return choices(decision, recipe, self.seen, self.suggestions)
 
-    def _from(self, recipe: Recipe) -> Recipe:
+    def _set_out_from(self, recipe: Recipe) -> Recipe:
         for judged_by in ("scales", "codes"):
             recipe = self._descend(recipe, judged_by)
             left = self._wrong(recipe, judged_by)

@@ -7,7 +7,6 @@ to `_nearness` (of single codes).
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 
@@ -88,10 +87,14 @@ def near_ties(
 ) -> tuple[Recipe, torch.Tensor, torch.Tensor, str]:
     """If every code that the recipe, or else its plainest form, does not give is next to a tie:
     that recipe, what it leaves unexplained, and how near they are, with {} for their number."""
-    plain_elements = replace(
-        best.elements, rounding="ties-to-even", formula="x / (s * g)", overflow="saturate"
+    plainest = best.changed(
+        {
+            "elements.rounding": "ties-to-even",
+            "elements.formula": "x / (s * g)",
+            "elements.overflow": "saturate",
+        },
+        best.name,
     )
-    plainest = replace(best, elements=plain_elements)
     text = _nearness(output, best, codes)
     if text or plainest == best:
         return best, scales, codes, text

@@ -1,7 +1,8 @@
 """A kernel's input and output, block by block, held against what a recipe predicts.
 
 Scales are judged against the block's amax, codes against the scale that was stored, so that a wrong
-scale does not hide how elements round. `inference` chooses the recipes that are tried.
+scale does not hide how elements round. `inference` chooses the recipes that are tried. A kind of
+block that is rare and tells is added to `Output.sample`.
 """
 
 from __future__ import annotations

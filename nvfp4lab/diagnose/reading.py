@@ -2,7 +2,8 @@
 
 Each is decided before any rounding is looked at: under the right layout a scale follows its block's
 amax, under the right nibble order a code follows its element. `read` gives the readings that the
-buffers allow (`buffers`), the likeliest first.
+buffers allow (`buffers`), the likeliest first. May be changed: the thresholds;
+tests/test_identification.py holds what they have to tell apart.
 """
 
 from __future__ import annotations

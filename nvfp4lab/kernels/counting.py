@@ -1,7 +1,8 @@
 """Launches of the kernels in `errors`: the totals of a piece of a tensor, and single blocks.
 
 `statistics.in_triton` hands in pieces and tables and names what comes out. The sizes below are for
-a GPU's many processors; results do not depend on them, but for the order of sums.
+a GPU's many processors; results do not depend on them, but for the order of sums. May be changed:
+these sizes, by measurement.
 """
 
 # pyright: reportCallIssue=false

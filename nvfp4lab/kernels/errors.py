@@ -6,7 +6,8 @@ element is decoded by `_decode` and left out by `_masks`.
 
 Totals go by atomics to one of several private copies: Triton adds nothing in shared memory, and in
 a single copy all programs would wait for the same few bins. Launched so that no product is fused
-with a sum: what torch rounds is rounded here, and sums of x^2 and e^2 that are equal stay equal.
+with a sum: what torch rounds is rounded here, and sums of x^2 and e^2 that are equal stay equal. A
+new field needs room in SUMS or COUNTS, its line here, and its reference in `statistics.in_torch`.
 """
 
 # pyright: reportGeneralTypeIssues=false

@@ -11,8 +11,9 @@ nothing is passed between threads; `packed` relies on it, and tests/test_compile
 
 No bit depends on whether float32 subnormals are flushed. Multiplying by a power of two is exact
 above 2^-126, where the outer scale 2^117 leaves 1 / 448; a product that falls below it, or a BF16
-subnormal under any outer scale from 2^-100 up, is smaller than half the least scale or a quarter
-of it, and stands for zero either way.
+subnormal under any outer scale from 2^-100 up, is smaller than half the least scale or a quarter of
+it, and stands for zero either way. To stage another recipe, add it to DECISIONS; what it decides
+otherwise becomes a constant of `_stage`.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false

@@ -6,7 +6,8 @@ inputs in tests/test_steps.py. Words are int32 [BLOCKS, 4]: the BF16 pairs of th
 second halves of blocks, the even element low.
 
 NAN_SPOILS: a NaN makes the block's scale NaN and all its codes 7, and zero keeps its sign. If not,
-NaN is passed over in the amax and has code 0, and zero has no sign.
+NaN is passed over in the amax and has code 0, and zero has no sign. Whoever changes a step changes
+it in `packed` too, and runs those tests.
 """
 
 import triton

@@ -1,4 +1,7 @@
-"""What pictures share: labels of columns, with units, colours and markers, legends and axes."""
+"""What pictures share: labels of columns, with units, colours and markers, legends and axes.
+
+A column that a picture shows gets its label in LABELS, a recipe that most show its colour in _OWN.
+"""
 
 from __future__ import annotations
 

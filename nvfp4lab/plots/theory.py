@@ -56,7 +56,7 @@ def curves(
             rows = points[points[name] == one]
             ax.errorbar(rows[x], rows[y], rows.get(f"{y}_error"), fmt=marker_of[one], ms=5,
                         color=color, label=None if one in line_of else one)  # fmt: skip
-    _over(ax, x, [*frame[x], *marked[x]])
+    _set_x(ax, x, [*frame[x], *marked[x]])
     ax.set_ylabel(LABELS.get(y, y))
     legend_beside(ax)
     return ax
@@ -73,12 +73,12 @@ def deviations(frame: pd.DataFrame, x: str, name: str = "recipe", ax: Axes | Non
         ax.plot(rows[x], rows["z"], ls="none", ms=5, label=one, **style)
     reach = max(4.0, 1.1 * frame["z"].abs().max())
     ax.set(ylim=(-reach, reach), ylabel=LABELS["z"])
-    _over(ax, x, frame[x])
+    _set_x(ax, x, frame[x])
     legend_beside(ax)
     return ax
 
 
-def _over(ax: Axes, x: str, values: Iterable[float]) -> None:
+def _set_x(ax: Axes, x: str, values: Iterable[float]) -> None:
     """The x axis: its label, and its ticks where it is logarithmic."""
     ax.set_xlabel(LABELS.get(x, x))
     if x == "sigma":

@@ -3,6 +3,7 @@
 `contents` says what is held, `measures` what is derived from it, `merging` adds, compares and
 saves, `bins` has the histograms' fixed bins. `tally` fills it from pieces of a tensor, which
 `in_torch` counts anywhere and `in_triton` by a kernel on a GPU. `concentration` is of any terms.
+Where a measure is added, `contents` and `measures` say.
 """
 
 from nvfp4lab.statistics.concentration import effective_count as effective_count

@@ -1,4 +1,7 @@
-"""How much of a sum a few terms hold: of the energy or the error, by block, token or channel."""
+"""How much of a sum a few terms hold: of the energy or the error, by block, token or channel.
+
+For notebooks and the report. To add another measure of it, add its function.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 The names, dtypes and shapes are here and nowhere else: `tally` fills what `empty` gives it,
 `merging` adds two field by field, and writes them down. To add a count or a sum, add its field,
-its shape if it is an array, its line in `tally`, and raise `merging.VERSION`.
+its shape if it is an array, its line in `in_torch` and in the kernel behind `in_triton`, and raise
+`merging.VERSION`.
 """
 
 from __future__ import annotations

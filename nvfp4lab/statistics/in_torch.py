@@ -80,8 +80,7 @@ class _View:
 
     def __init__(self, recipe: Recipe, x, codes, stored, g):
         self.recipe, self.given, self.codes, self.stored, self.g = recipe, x, codes, stored, g
-        fmt = recipe.scale.format
-        self.s = stored[:, None] if fmt is None else fmt.decode(stored)[:, None]
+        self.s = recipe.scale.decode(stored)[:, None]
         x, q = x.double(), decode(codes, stored, g, recipe).double()
         self.block_lost = torch.zeros_like(stored, dtype=torch.int64)
         self.finite = self.counted = None  # masks [n, block]; None: all are

@@ -2,7 +2,8 @@
 
 The kernels are in `kernels.errors`; here they get their tables, and their totals the names of
 `contents`. Counts, histograms and largest values are those of `in_torch` to the bit, and so are the
-worst blocks but for the last bits of their ee; sums are added in another order.
+worst blocks but for the last bits of their ee; sums are added in another order. To fill a new
+field, see `kernels.errors`; one of more than one number gets its size in _SIZES.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _worst(
         "ee": ee,
         "amax": amax,
         "scale_code": torch.full_like(index, -1) if fmt is None else stored.long(),
-        "scale": stored if fmt is None else fmt.decode(stored),
+        "scale": recipe.scale.decode(stored),
         "outer": outer if has_outer else torch.full_like(outer, math.nan),
         "x": x,
     }

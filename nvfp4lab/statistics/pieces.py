@@ -2,7 +2,8 @@
 
 There are two counters, `in_torch.count` and `in_triton.count`, which give the same; `tally` adds up
 what either gives. A field that is known without looking at elements (`tokens`, `elements`,
-`blocks`) or that follows from another one is `tally`'s.
+`blocks`) or that follows from another one is `tally`'s. A new field of `contents` goes through the
+dictionaries as they are.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ The caller cuts the rows into pieces: any number of whole rows, or a part of one
 and each row's own sums depend on nothing outside it, so histograms and worst blocks do not depend
 on the cut; sums carry their rounding error along from piece to piece (Knuth's two-sum). What a
 piece adds is counted by `in_torch` or by `in_triton`; with the latter a GPU is waited for only in
-`statistics`.
+`statistics`. May be changed: how parts are added up; a field that a counter gives needs nothing
+here.
 """
 
 from __future__ import annotations

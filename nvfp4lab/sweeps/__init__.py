@@ -2,7 +2,8 @@
 
 `shards` finds the files of each site, `tasks` is what a worker does, `workers` runs tasks on an
 executor and gives each worker its GPU, `state` is what a killed sweep leaves behind, `sweeping`
-brings them together.
+brings them together. To sweep with other executors nothing is to be changed: any
+concurrent.futures.Executor does.
 """
 
 from nvfp4lab.sweeps.sweeping import Swept as Swept

@@ -4,7 +4,8 @@
     largest.json                     each shard's largest magnitude, for outer scales per tensor
 
 Each file is replaced as a whole, so Statistics and their rows always go together: a kill loses what
-was counted in the last seconds and nothing is counted twice.
+was counted in the last seconds and nothing is counted twice. May be changed: what the note says,
+with NOTE; a folder that is there has to stay readable, or be refused in words.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class State:
         return {
             shard: Largest(*known["largest"])
             for shard, known in about["shards"].items()
-            if self._fingerprints.get(shard) == _of_known(known)
+            if self._fingerprints.get(shard) == _fingerprint(known)
         }
 
     def save_largest(self, largest: Mapping[str, Largest]) -> None:
@@ -195,18 +196,18 @@ class State:
 
     def _check(self, path: Path, shard_path: str, known: Mapping[str, Any]) -> None:
         if shard_path in self._unreadable:
-            self._fingerprints[shard_path] = _of_known(known)
+            self._fingerprints[shard_path] = _fingerprint(known)
         found = self._fingerprints.get(shard_path)
         if found is None:
             raise ValueError(
                 f"{path} counts rows of {shard_path}, which is not among this sweep's shards; use "
                 "another state folder, or remove the file to count the site again"
             )
-        if found != _of_known(known):
+        if found != _fingerprint(known):
             raise ValueError(
                 f"{path} counts rows of {shard_path}, which has changed since: size and time "
-                f"{_of_known(known)}, now {found}; use another state folder, or remove the file to "
-                "count the site again"
+                f"{_fingerprint(known)}, now {found}; use another state folder, or remove the file "
+                "to count the site again"
             )
 
     def _save(self) -> None:
@@ -239,7 +240,7 @@ def _entry(
     return Entry(layer, site, recipe, statistics, largest, done)
 
 
-def _of_known(known: Mapping[str, Any]) -> tuple[int, int]:
+def _fingerprint(known: Mapping[str, Any]) -> tuple[int, int]:
     return known["size"], known["mtime_ns"]
 
 

@@ -162,9 +162,9 @@ def sweep_statistics(
         by_site.setdefault((shard.layer, shard.site), []).append(shard)
     with State(state, found, failures) as store:
         run = _Run(executor, rows, in_flight, store, progress, failures)
-        largest = run.find_largest(found, [r for r in chosen if _per_tensor(r)])
+        largest = run.find_largest(found, [r for r in chosen if r.outer_per == "tensor"])
         entries = {
-            (label_of(*site), recipe.name): store.load(_empty(site, own, recipe, largest))
+            (label_of(*site), recipe.name): store.load(_nothing_counted(site, own, recipe, largest))
             for site, own in by_site.items()
             for recipe in chosen
         }
@@ -210,7 +210,7 @@ class _Run:
             if isinstance(result, Exception):
                 failed[task.path] = f"its largest magnitude could not be found: {_said(result)}"
             else:
-                found[task.path] = found[task.path].with_(result)
+                found[task.path] = found[task.path].joined(result)
         for path, why in failed.items():
             stop = left[path].tokens
             self.failures += [Failure(path, 0, stop, recipe.name, why) for recipe in recipes]
@@ -282,7 +282,7 @@ def _cut(start: int, stop: int, width: int, rows: int | None) -> Iterator[tuple[
     return pairwise(edges) if start < stop else iter(())
 
 
-def _empty(
+def _nothing_counted(
     site: tuple[int, str],
     shards: list[Shard],
     recipe: Recipe,
@@ -290,10 +290,10 @@ def _empty(
 ) -> Entry:
     """Nothing counted yet of one site under one recipe."""
     of_site = None
-    if _per_tensor(recipe):
+    if recipe.outer_per == "tensor":
         of_site = Largest(0.0, False, False)
         for shard in shards:
-            of_site = of_site.with_(largest.get(shard.path, of_site))
+            of_site = of_site.joined(largest.get(shard.path, of_site))
     return Entry(*site, recipe, Statistics.empty(recipe, shards[0].width), of_site)
 
 
@@ -304,10 +304,6 @@ def _recipes(given: str | Recipe | Sequence[str | Recipe]) -> list[Recipe]:
     if not chosen or len(set(names)) < len(names):
         raise ValueError(f"expected one recipe or more, each of another name, got {names}")
     return chosen
-
-
-def _per_tensor(recipe: Recipe) -> bool:
-    return recipe.outer is not None and recipe.outer.per == "tensor"
 
 
 def _said(error: Exception) -> str:

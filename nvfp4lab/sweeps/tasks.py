@@ -1,7 +1,8 @@
 """What a worker does: some rows of one file, under one recipe, to `Statistics`.
 
 A task is a path, rows and a recipe, never an array; the worker opens the file, reads just these
-rows, and drops the file again, so that memory stays small however large the shards are.
+rows, and drops the file again, so that memory stays small however large the shards are. GRID may
+not be changed: results of stochastic rounding hang on it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Largest(NamedTuple):
     has_nan: bool
     has_inf: bool
 
-    def with_(self, other: Largest) -> Largest:
+    def joined(self, other: Largest) -> Largest:
         """Of both."""
         nan, inf = self.has_nan or other.has_nan, self.has_inf or other.has_inf
         return Largest(max(self.amax, other.amax), nan, inf)

@@ -7,8 +7,9 @@ the step 1{D > 0}: a square wave of a half period that |D| does not reach,
 
     1{D > 0} = 1/2 + 2/pi sum over odd k of sin(pi k D / half) / k.
 
-Where both scales decode to the same value, d is 0. Blocks with no or one element elsewhere make
-the series converge slowly; they are summed exactly and taken out of it.
+Where both scales decode to the same value, d is 0. Blocks with no or one element elsewhere make the
+series converge slowly; they are summed exactly and taken out of it. May be changed: HIGHEST and
+CONVERGED, against tests/theory_oracles.py.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from nvfp4lab.theory.integrals import (
     between,
     cell_of,
     collect,
+    nodes_on,
     of_element,
-    on,
     over_step,
 )
 from nvfp4lab.theory.steps import Cells, Step, element_cells, scale_steps
@@ -76,7 +77,7 @@ class FourOverSix:
                 pair.first.low,
                 pair.first.high,
             )
-            m, w = on(ends[:-1], ends[1:], self.of.nodes // 2)  # two grids of codes: narrow
+            m, w = nodes_on(ends[:-1], ends[1:], self.of.nodes // 2)  # two grids of codes: narrow
             w = w * self.of.weights(m)[0]
             others = self._others(pair, ends)
             for panel in range(len(m)):
@@ -229,7 +230,7 @@ class Others:
 
     def _weighted(self, i: int, nodes: int) -> tuple[np.ndarray, np.ndarray]:
         """x - middle at the nodes of interval i, and [3, nodes] its powers with density, weight."""
-        x, w = on(self.ends[i], self.ends[i + 1], nodes)
+        x, w = nodes_on(self.ends[i], self.ends[i + 1], nodes)
         away = x - self.middle[i]
         return away, w * self.blocks.of.law.pdf(x) * away ** np.arange(3)[:, None]
 
@@ -246,7 +247,7 @@ class Others:
         crossing = np.clip(crossing, self.ends[:-1], self.ends[1:])
         low = np.where(slope > 0, crossing, self.ends[:-1])
         high = np.where(slope > 0, self.ends[1:], crossing)
-        x, w = on(low, high, self.blocks.of.nodes)
+        x, w = nodes_on(low, high, self.blocks.of.nodes)
         w = w * self.blocks.of.law.pdf(x)
         away = x - self.middle[:, None]
         integrals = np.stack([w.sum(-1), (w * away).sum(-1), (w * away * away).sum(-1)])

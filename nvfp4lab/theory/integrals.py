@@ -90,7 +90,7 @@ def gauss(n: int) -> tuple[np.ndarray, np.ndarray]:
     return (nodes + 1) / 2, weights / 2
 
 
-def on(low: np.ndarray, high: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+def nodes_on(low: np.ndarray, high: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights on each interval: [..., n] each."""
     nodes, weights = gauss(n)
     width = np.asarray(high - low)[..., None]
@@ -154,7 +154,7 @@ def of_element(x: np.ndarray, cell: np.ndarray, step: Step, cells: Cells) -> np.
 
 def moments(ends: np.ndarray, step: Step, cells: Cells, of: BlockLaw) -> tuple[np.ndarray, ...]:
     """[5, P]: the rows, integrated with the law's density over each panel; and the cells [P]."""
-    x, w = on(ends[:-1], ends[1:], of.nodes)
+    x, w = nodes_on(ends[:-1], ends[1:], of.nodes)
     cell = cell_of(ends, step, cells)
     return (of_element(x, cell[:, None], step, cells) * (w * of.law.pdf(x))).sum(-1), cell
 
@@ -169,7 +169,7 @@ def over_step(step: Step, cells: Cells, of: BlockLaw) -> Sums:
     """The sums of the blocks whose largest magnitude lies in the step."""
     if step.proportional:
         ends = between(of.knots_of_max, step.low, step.high)
-        m, w = on(ends[:-1], ends[1:], of.nodes)
+        m, w = nodes_on(ends[:-1], ends[1:], of.nodes)
         total = Sums.zero(cells.codes)
         weights = w * of.weights(m)[0]
         for one, weight in zip(m.ravel(), weights.ravel(), strict=True):
@@ -177,7 +177,7 @@ def over_step(step: Step, cells: Cells, of: BlockLaw) -> Sums:
         return total
     corners = cells.edges * step.divisor
     ends = between(np.concatenate([corners, of.knots_of_max]), step.low, step.high)
-    m, w = on(ends[:-1], ends[1:], of.nodes)
+    m, w = nodes_on(ends[:-1], ends[1:], of.nodes)
     weight_max, weight_others = (w * each for each in of.weights(m))
     cell = cell_of(ends, step, cells)
     largest = (of_element(m, cell[:, None], step, cells) * weight_max).sum(-1)
@@ -185,7 +185,7 @@ def over_step(step: Step, cells: Cells, of: BlockLaw) -> Sums:
     # The others: whole panels below the one that m is in, then up to m.
     base, base_cell = moments(panels_below(step.low, corners, of), step, cells, of)
     whole, _ = moments(ends, step, cells, of)
-    x, inner = on(np.broadcast_to(ends[:-1, None], m.shape), m, of.nodes)
+    x, inner = nodes_on(np.broadcast_to(ends[:-1, None], m.shape), m, of.nodes)
     partial = of_element(x, cell[:, None, None], step, cells) * (inner * of.law.pdf(x))
     to_m = (partial.sum(-1) * weight_others).sum(-1)
     passed = weight_others.sum(-1)

@@ -8,7 +8,8 @@ others have theirs below A. So a block's expectation is the mean over A of
 With A's distribution written exp(-exp(-z)), the mean is over the standard Gumbel law of z, of a
 function that is smooth in z for light and for heavy tails alike: a Gauss rule of that law needs a
 dozen nodes. An outer scale that is a power of two is constant over an octave of A, and nothing has
-to be averaged: blocks whose largest is below a, where all are, are counted at the octave's ends.
+to be averaged: blocks whose largest is below a, where all are, are counted at the octave's ends. A
+new rule of `rules.Outer` gets its place in `outer_scale`, and its corners in `_panels`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 
 from nvfp4lab.outer import POWERS_OF_TWO
 from nvfp4lab.rules import Outer
-from nvfp4lab.theory.integrals import BlockLaw, Sums, between, on, power_tail
+from nvfp4lab.theory.integrals import BlockLaw, Sums, between, nodes_on, power_tail
 from nvfp4lab.theory.laws import Law
 from nvfp4lab.theory.steps import Cells
 
@@ -178,7 +179,7 @@ def gumbel_rule(low: float, high: float, nodes: int) -> tuple[np.ndarray, np.nda
     small, fewer nodes do.
     """
     fine = np.linspace(low, high, 1 + math.ceil(2 * (high - low)))
-    z, weight = (part.ravel() for part in on(fine[:-1], fine[1:], 10))
+    z, weight = (part.ravel() for part in nodes_on(fine[:-1], fine[1:], 10))
     weight = weight * np.exp(-z - np.exp(-z))
     mass = weight.sum()
     nodes = max(2, nodes + math.ceil(math.log10(mass) / 2))

@@ -1,4 +1,8 @@
-"""Blocks of a recipe that computes its scale from the amax: their sums under one outer scale."""
+"""Blocks of a recipe that computes its scale from the amax: their sums under one outer scale.
+
+For `expectation`, beside `four_over_six`. There is nothing to choose here: what a recipe decides is
+read in `steps`.
+"""
 
 from __future__ import annotations
 

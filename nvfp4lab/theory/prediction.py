@@ -4,7 +4,8 @@ Three errors of one recipe stand side by side: of iid elements of a law at the t
 of elements that are iid within a block only, each block at its own sigma and under its own outer
 scale; and the measured one. From the first to the second is what the spread of block scales does
 (subnormal and zero scales, saturation), from the second to the third what the shape of the blocks
-does that no law with this sigma has.
+does that no law with this sigma has. May be changed: GRID and NODES, which
+say how fine it is.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from nvfp4lab.statistics import Statistics
 from nvfp4lab.theory.expectation import (
     Expectation,
     blocks_of,
-    check,
     expectation,
     integrated,
     over_all,
+    require_theory,
 )
 from nvfp4lab.theory.integrals import UNENCODED, BlockLaw, Sums
 from nvfp4lab.theory.laws import Law
@@ -99,7 +100,7 @@ def predict(
     [['one sigma', 20.4], ['block sigmas', 20.4], ['measured', 20.4]]
     """
     recipe = catalogue.recipe(recipe)
-    check(recipe)
+    require_theory(recipe)
     measured = measure(x, recipe, outer=outer, generator=generator)
     shape, blocks = law_of(law, 1.0), _blocks(x, recipe, outer)
     count = len(blocks.rms) + blocks.zeros
@@ -109,8 +110,7 @@ def predict(
             f"{blocks.left_out} have a NaN or an Inf"
         )
     rms = np.sqrt(np.square(blocks.rms).sum() / count)
-    per_token = recipe.outer is not None and recipe.outer.per == "token"
-    elements = x.shape[-1] if per_token else x.numel()
+    elements = x.shape[-1] if recipe.outer_per == "token" else x.numel()
     with np.errstate(all="ignore"):  # a density may overflow far out
         one_sigma = integrated(shape.scaled(float(rms)), recipe, elements, outer)
         sigma = _without_chance(blocks.rms, shape, recipe.scale.block)

@@ -4,7 +4,8 @@ Rounding makes the scale a step function of amax (or, where it is not rounded, p
 and an element's value a step function of its quotient. Both are read off the formats and off
 `blocks.encode_scale`, so that a recipe is described once, in `rules`. float32 rounding inside the
 formulas, the input's dtype and what becomes of NaN and Inf are left out: they move nothing that is
-not within float32's precision of a step.
+not within float32's precision of a step. A new choice of a decision is read here where it moves a
+step or a cell.
 """
 
 from __future__ import annotations
