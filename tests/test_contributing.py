@@ -8,6 +8,7 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
+from typing import Any
 from types import ModuleType
 
 import matplotlib
@@ -138,7 +139,7 @@ def test_the_format_works_from_quantize_to_the_theory(e3m0):
 
 
 def test_the_table_of_the_format_gives_the_bytes_of_the_reference(e3m0):
-    names = {"nv": nv, "torch": torch}
+    names: dict[str, Any] = {"nv": nv, "torch": torch}
     exec(USED.partition("x = ")[0], names)
     recipe = names["recipe"]
     assert lookup.table_of(recipe) is not None
