@@ -8,8 +8,8 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
-from typing import Any
 from types import ModuleType
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
