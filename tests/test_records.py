@@ -245,7 +245,7 @@ def test_unknown_set_gets_the_nearest():
 
 
 def test_unknown_set_with_no_near_name_gets_the_names():
-    with pytest.raises(ValueError, match=r"set 'gauss', expected one of smollm2[^;]*$"):
+    with pytest.raises(ValueError, match=r"set 'gauss'; expected one of smollm2[^;]*$"):
         nv.activations("gauss")
 
 
