@@ -211,7 +211,7 @@ def save_activations(path: str | Path, record: Activations) -> str:
     """
     path = Path(path)
     tensors = {name: getattr(record, name) for name in DTYPES}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
+    tensors = {name: _plain(t) for name, t in tensors.items() if t is not None}
     _check_names(path, tensors)
     _check_tensors(path, tensors)
     about = {"layer": record.layer, "site": record.site, "provenance": dict(record.provenance)}
@@ -219,12 +219,17 @@ def save_activations(path: str | Path, record: Activations) -> str:
     return _write(path, tensors, about)
 
 
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Its values as they lie in a file; safetensors would write a negated view unnegated."""
+    return tensor.detach().cpu().contiguous().resolve_neg()
+
+
 def save_expert_weights(path: str | Path, weights: ExpertWeights) -> str:
     """Write the weights, whole or not at all. Returns sha256."""
     path = Path(path)
     tensors = {"gate_up_proj": weights.gate_up_proj, "down_proj": weights.down_proj}
     about = {"layer": weights.layer, "site": "experts", "provenance": dict(weights.provenance)}
-    return _write(path, {name: t.contiguous() for name, t in tensors.items()}, about)
+    return _write(path, {name: _plain(t) for name, t in tensors.items()}, about)
 
 
 def file_entry(path: Path, sha256: str, record: Activations, root: Path) -> dict[str, Any]:

@@ -81,6 +81,22 @@ def test_what_cannot_start_exits_2_and_writes_nothing(folder, capsys, arguments,
     assert [path.name for path in Path().iterdir()] == ["capture"]
 
 
+@pytest.mark.parametrize("command", ["sweep", "report"])
+@pytest.mark.parametrize("given", ["capture", "a link", "the shard"])
+def test_no_shard_is_replaced_by_the_out_file(folder, capsys, command, given):
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    Path("link").symlink_to(folder)
+    what, out = {
+        "capture": ("capture", shard),
+        "a link": ("link", shard),
+        "the shard": (shard, Path("link") / shard.name),
+    }[given]
+    before = shard.read_bytes()
+    assert cli.main([command, str(what), "--recipes", "nvfp4", "--out", str(out)]) == 2
+    assert "is a file of the capture" in capsys.readouterr().err
+    assert shard.read_bytes() == before and not list(folder.glob("*.statistics"))
+
+
 def test_an_out_that_cannot_be_written_is_found_before_the_work(folder, capsys):
     arguments = ["sweep", "capture", "--recipes", "nvfp4", "--state", "kept"]
     assert cli.main([*arguments, "--out", "/proc/o.csv"]) == 2

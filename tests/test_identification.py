@@ -500,3 +500,13 @@ def test_exit_codes_of_the_shell(tmp_path, capsys):
     assert cli.main(["identify", x, x]) == 2
     assert "has no codes and no scales; it has hidden" in capsys.readouterr().err
     assert cli.main(["identify", x, str(tmp_path / "none.safetensors")]) == 2
+
+
+def test_a_recipe_without_a_name_claims_the_source_of_none():
+    x = nv.probe()
+    ties_away = nv.recipe("nvfp4").changed({"elements.rounding": "ties-away"})
+    q = nv.quantize(x, ties_away)
+    found = nv.identify(x, q.codes, q.scales).recipe
+    named = [nv.recipe(name) for name in nv.recipes()]
+    assert found.source not in {recipe.source for recipe in named}
+    assert found.summary not in {recipe.summary for recipe in named}

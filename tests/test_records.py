@@ -50,6 +50,14 @@ def test_a_dense_record_has_no_routing(tmp_path):
     assert got.topk_ids is None and got.topk_weights is None
 
 
+def test_a_negated_view_is_saved_by_its_values(tmp_path):
+    hidden = record().hidden
+    negated = torch._neg_view(hidden)  # pyright: ignore[reportPrivateImportUsage]
+    save_activations(tmp_path / "a.safetensors", record(hidden=negated))
+    (loaded,) = nv.load_activations(tmp_path / "a.safetensors")
+    assert loaded.hidden.equal(-hidden)
+
+
 def test_the_same_record_gives_the_same_bytes(tmp_path):
     digests = {save_activations(tmp_path / f"{i}.safetensors", record()) for i in range(3)}
     assert len(digests) == 1 and file_sha256(tmp_path / "0.safetensors") in digests

@@ -11,7 +11,7 @@ import contextlib
 import sys
 
 from nvfp4lab.cli import shards
-from nvfp4lab.cli.command import CommandError, check_writable, say
+from nvfp4lab.cli.command import CommandError, say
 from nvfp4lab.cli.progress import Progress
 
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from nvfp4lab import report, runs
 
     names, state = shards.recipes_of(args), shards.state_of(args)
-    check_writable("--out", args.out)
+    shards.check_out(args)
     progress = Progress("page", width=4)
     with contextlib.ExitStack() as stack:
         executor = shards.executor_of(args, stack)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvfp4lab.cli.command import CommandError, count, say
+from nvfp4lab.cli.command import CommandError, check_writable, count, say
 
 if TYPE_CHECKING:
     from nvfp4lab.sweeps import Swept
@@ -65,6 +65,22 @@ def recipes_of(args: argparse.Namespace) -> list[str]:
 
 def state_of(args: argparse.Namespace) -> Path:
     return args.state or args.out.with_name(args.out.name + ".statistics")
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Before hours of work: --out can be written, and is no file of the captures themselves."""
+    from nvfp4lab import records
+
+    check_writable("--out", args.out)
+    if not args.out.exists():
+        return
+    for shard in map(Path, args.shards):
+        try:
+            measured = [*records.record_files(shard), shard / records.CAPTURE_FILE]
+        except (OSError, ValueError):
+            continue  # the sweep names what it cannot read
+        if any(file.exists() and args.out.samefile(file) for file in measured):
+            raise CommandError(f"--out {args.out} is a file of the capture {shard}, not replaced")
 
 
 def executor_of(args: argparse.Namespace, stack: contextlib.ExitStack):

@@ -11,7 +11,7 @@ import contextlib
 
 from nvfp4lab import files
 from nvfp4lab.cli import shards
-from nvfp4lab.cli.command import CommandError, check_writable, say
+from nvfp4lab.cli.command import CommandError, say
 
 SHOWN = ["layer", "site", "recipe", "tokens", "qsnr_db", "gain", "flushed_share", "scale_nan"]
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from nvfp4lab import sweeps
 
     names, state = shards.recipes_of(args), shards.state_of(args)
-    check_writable("--out", args.out)
+    shards.check_out(args)
     with contextlib.ExitStack() as stack:
         executor = shards.executor_of(args, stack)
         try:

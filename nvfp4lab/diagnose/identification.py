@@ -263,7 +263,12 @@ def _labelled(best: Recipe, names: list[str], reading: Reading) -> Recipe:
         which = "each token" if reading.outer_per == "token" else "the tensor"
         rule = f" ({reading.outer_rules[0]})" if reading.outer_rules else ""
         words.insert(0, f"an outer scale for {which}{rule}")
-    return replace(best, name="nvfp4" + (f" with {', '.join(words)}" if words else ""))
+    return replace(
+        best,
+        name="nvfp4" + (f" with {', '.join(words)}" if words else ""),
+        summary="The decisions that `identify` found in a kernel's output.",  # not best's own
+        source="inferred from codes and scales",
+    )
 
 
 def _ranking(seen: Observed, reading: Reading) -> pd.DataFrame:
