@@ -112,8 +112,9 @@ class Identification:
 
 
 COMPARE = (
-    "block by block: nvfp4lab.compare(nvfp4lab.Quantized.from_buffers(codes, scales, recipe=r), "
-    "nvfp4lab.quantize(x, r), x)"
+    "block by block, with r the recipe that was found and codes, scales and outer in the layout "
+    "that was found: nvfp4lab.compare(nvfp4lab.Quantized.from_buffers(codes, scales, outer, "
+    "recipe=r), nvfp4lab.quantize(x, r), x)"
 )
 ADVICE = "the kernel's output for nvfp4lab.probe() would tell: its blocks separate the decisions"
 
