@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,7 +110,8 @@ def test_output_that_nobody_takes_ends_a_command_without_a_traceback(tmp_path, o
     save_file({"hidden": hidden(16, 0)}, tmp_path / "x")
     save_file({"codes": q.codes, "scales": torch.as_tensor(q.scales)}, tmp_path / "q")
     target = "> /dev/full" if output == "full" else "| true"
-    command = f"set -o pipefail; {sys.executable} -m nvfp4lab.cli identify x q --json {target}"
+    python = shlex.quote(sys.executable)
+    command = f"set -o pipefail; {python} -m nvfp4lab.cli identify x q --json {target}"
     done = run(
         "-c",
         f"import subprocess, sys; sys.exit(subprocess.call(['bash', '-c', {command!r}]))",
