@@ -17,6 +17,7 @@ import properties
 from kernel_runs import bit_patterns
 
 import nvfp4lab as nv
+from nvfp4lab.contract import STAGEABLE
 
 WIDTH = 8192
 BLOCKS = 1 << 21  # at a time
@@ -43,11 +44,9 @@ def scaled(recipe: nv.Recipe, tokens: int, seed: int, device: str) -> int:
     return properties.a_power_of_two_changes_only_scales(recipe, x, exponent)
 
 
-STAGED = ("nvfp4", "nvfp4-token", "vllm-megamoe", "vllm-muse", "seed")
-DRAWS_NOTHING = [n for n in nv.recipes() if n != "nvfp4-stochastic"]
 PROPERTIES: dict[str, tuple[list[str], Property]] = {
     "the kernel gives the bytes of quantize": (
-        list(STAGED),
+        list(STAGEABLE),
         on(properties.the_kernel_gives_the_bytes_of_quantize, 0x7FFF),
     ),
     "bytes are codes": (list(nv.recipes()), on(properties.bytes_are_codes)),
@@ -55,8 +54,8 @@ PROPERTIES: dict[str, tuple[list[str], Property]] = {
         [*properties.REQUANTIZED, *properties.REQUANTIZED_VALUES],
         on(properties.requantizing_changes_nothing),
     ),
-    "permuting blocks permutes outputs": (DRAWS_NOTHING, permuted),
-    "a power of two changes only scales": (DRAWS_NOTHING, scaled),
+    "permuting blocks permutes outputs": (properties.DRAWS_NOTHING, permuted),
+    "a power of two changes only scales": (properties.DRAWS_NOTHING, scaled),
 }
 SLOW = {"nvfp4-search": 1 / 64}  # of the blocks that the others get
 

@@ -59,6 +59,8 @@ LEAST_AMAX = {
 }
 
 
+DRAWS_NOTHING = [n for n in nv.recipes() if nv.recipe(n).elements.rounding != "stochastic"]
+
 # ---- The properties ----
 
 

@@ -36,8 +36,16 @@ _IDENTITY = (
 _LARGEST = ("max_abs_e", "max_rel_e", "amax")
 _SIGNED = ("sum_xq", "sum_e", "quotient_e", "channel_xq", "magnitude_of_code")
 _DAMAGE = (
-    *(OSError, EOFError, ValueError, KeyError, TypeError, MemoryError, OverflowError),
-    *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),  # of zip's other features
+    EOFError,
+    KeyError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    RuntimeError,  # a zip's features that Python has not
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
 )
 _LARGEST_FILE = 1 << 28  # bytes unpacked; it is the note that grows, by some 700 a shard
 _LARGEST_NUMBERS = 1 << 16  # bytes

@@ -102,8 +102,8 @@ def sweep(
 
     Raises: TypeError for activations in memory or an executor that is none; ValueError for unknown
     recipes, two of one name, a width that does not fit, a capture that was interrupted, or a state
-    that belongs to other shards or recipes; RuntimeError if something is
-    left to count and another sweep uses the state.
+    that belongs to other shards or recipes; RuntimeError if something is left to count and another
+    sweep uses the state.
 
     >>> from nvfp4lab.records import data_folder
     >>> shard = data_folder() / "smollm2" / "layer00.down_proj_input.safetensors"

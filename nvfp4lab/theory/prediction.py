@@ -4,8 +4,7 @@ Three errors of one recipe stand side by side: of iid elements of a law at the t
 of elements that are iid within a block only, each block at its own sigma and under its own outer
 scale; and the measured one. From the first to the second is what the spread of block scales does
 (subnormal and zero scales, saturation), from the second to the third what the shape of the blocks
-does that no law with this sigma has. May be changed: GRID and NODES, which
-say how fine it is.
+does that no law with this sigma has. May be changed: GRID and NODES, which say how fine it is.
 """
 
 from __future__ import annotations
